@@ -1,4 +1,4 @@
-"""The passes of graphopt; import it as ``graphopt.passes``."""
+"""The passes of graphopt, one family a folder; import it as ``graphopt.passes``."""
 
 # The folder is also reachable as a top-level ``passes`` from the repository root; a
 # second import under that name would register everything twice.

@@ -1,0 +1,91 @@
+"""Every private torch import and version gate, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+# The studies and tests behind graphopt cover these; outside, `doctor` warns.
+TESTED_TORCH = ("2.11", "2.13")
+
+
+def compile_fx(
+    gm: fx.GraphModule, example_inputs: list[Any], patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Inductor on a graph; ``torch.compile(gm)`` inside a backend would run eagerly."""
+    from torch._inductor.compile_fx import compile_fx as inductor
+
+    return inductor(gm, example_inputs, config_patches=patches or None)
+
+
+def inductor_mode(mode: str, dynamic: bool | None) -> dict[str, Any]:
+    """Return Inductor's options of ``mode``; raises RuntimeError on an unknown one."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode, dynamic))
+
+
+def inductor_option_names() -> list[str]:
+    """Return the options that ``torch.compile(options=...)`` knows for Inductor."""
+    from torch._inductor import list_options
+
+    return list(list_options())
+
+
+@contextmanager
+def isolated_tracing() -> Iterator[None]:
+    """Give one of several AOTAutograd calls on one Dynamo graph a context of its own.
+
+    AOTAutograd stores the metadata of *the* forward graph on the tracing context, and
+    the lazily compiled backward reads it there; with several pieces the last would win.
+    The guards that a piece asks for are handed to the outer context.
+    """
+    from torch._guards import TracingContext, tracing
+
+    outer = TracingContext.try_get()
+    if outer is None:
+        yield
+        return
+    inner = TracingContext(outer.fake_mode)
+    inner.global_context = outer.global_context
+    with tracing(inner):
+        yield
+    outer.guards_context.aotautograd_guards.extend(
+        inner.guards_context.aotautograd_guards
+    )
+
+
+def fake_mode_of(gm: fx.GraphModule) -> Any:
+    """Return the fake mode under which Dynamo traced ``gm``, or None."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def is_fake(value: object) -> bool:
+    """Tell whether ``value`` is a tensor without data."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
+def placeholder_source(node: fx.Node) -> str:
+    """Return Dynamo's name of what a graph input is, such as ``L['self'].scale``."""
+    argument = node.meta.get("grapharg")
+    source = getattr(argument, "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+def torch_version() -> tuple[int, int]:
+    """Return torch's major and minor version."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)

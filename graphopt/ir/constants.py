@@ -1,0 +1,42 @@
+"""Fold a module's float attributes into the graph as literals.
+
+Under ``dynamic=True`` Dynamo passes each float attribute (a norm's epsilon, an
+attention's scale) as a zero-dimensional float64 input followed by ``.item()``. As
+literals, layers become alike and matchers see numbers. Dynamo guards each value, so an
+attribute that changes leads to a new compilation and never to a stale result.
+"""
+
+from __future__ import annotations
+
+from torch import SymFloat, fx
+
+from graphopt._compat import placeholder_source
+
+
+def fold_float_attributes(gm: fx.GraphModule) -> int:
+    """Replace ``.item()`` of float attributes by their values; return how many.
+
+    Floats that the caller passes as arguments stay dynamic.
+    """
+    found = [n for n in gm.graph.nodes if _is_float_attribute(n)]
+    for node in found:
+        # float() of a SymFloat installs the guard that makes the literal sound.
+        value = float(node.meta["example_value"])
+        for user in list(node.users):
+            user.args = fx.map_arg(user.args, lambda n, o=node, v=value: v if n is o else n)
+            user.kwargs = fx.map_arg(
+                user.kwargs, lambda n, o=node, v=value: v if n is o else n
+            )
+        gm.graph.erase_node(node)
+    return len(found)
+
+
+def _is_float_attribute(node: fx.Node) -> bool:
+    if node.op != "call_method" or node.target != "item":
+        return False
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.op != "placeholder":
+        return False
+    if not isinstance(node.meta.get("example_value"), (SymFloat, float)):
+        return False
+    return placeholder_source(source).startswith("L['self']")

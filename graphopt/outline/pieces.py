@@ -1,0 +1,112 @@
+"""Turn a range of operators into a graph of its own, and tell which are alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from graphopt.outline.segments import target_name, type_of
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the graph as a module, with the outer values that it reads and gives.
+
+    Two pieces with the same ``key`` run the same code on other tensors: same operators,
+    literals and wiring, same types, strides and symbolic sizes of every input.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    key: str
+
+
+def extract(
+    owner: fx.GraphModule, nodes: Sequence[fx.Node], symbols: Sequence[fx.Node]
+) -> Piece:
+    """Copy ``nodes`` into a graph; ``symbols`` (size inputs) are always passed along.
+
+    Inductor must be able to bind every size symbol that it meets, and a size such as
+    ``s0 + s1`` cannot be solved from one tensor's shape.
+    """
+    inside = set(nodes)
+    inputs = list(dict.fromkeys([*symbols, *_outer_reads(nodes, inside)]))
+    outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for i, node in enumerate(inputs):
+        mapping[node] = graph.placeholder(_placeholder_name(i, node))
+        mapping[node].meta = dict(node.meta)
+    for node in nodes:
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+    graph.output(tuple(mapping[n] for n in outputs))
+    module = fx.GraphModule(owner, graph)
+    module.meta = dict(owner.meta)
+    key = _key(nodes, inputs, outputs)
+    return Piece(module, tuple(inputs), tuple(outputs), key)
+
+
+def _placeholder_name(index: int, node: fx.Node) -> str:
+    return node.name if node.op == "placeholder" else f"in{index}_{node.name}"
+
+
+def _outer_reads(nodes: Sequence[fx.Node], inside: set[fx.Node]) -> list[fx.Node]:
+    reads = (source for node in nodes for source in node.all_input_nodes)
+    return [source for source in reads if source not in inside]
+
+
+def _key(
+    nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+) -> str:
+    number = {node: i for i, node in enumerate([*inputs, *nodes])}
+
+    def literal(value: object) -> object:
+        if isinstance(value, fx.Node):
+            return f"%{number[value]}"
+        if isinstance(value, (tuple, list)):
+            return [literal(v) for v in value]
+        if isinstance(value, dict):
+            return {k: literal(v) for k, v in value.items()}
+        if isinstance(value, slice):
+            return ["slice", *map(literal, (value.start, value.stop, value.step))]
+        return repr(value)
+
+    lines = [
+        (node.op, target_name(node), literal(node.args), literal(dict(node.kwargs)))
+        + (type_of(node.meta.get("example_value")),)
+        for node in nodes
+    ]
+    kinds = [_input_type(node) for node in inputs]
+    aliases = _aliases(inputs)
+    results = [number[node] for node in outputs]
+    text = repr((kinds, aliases, lines, results))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _input_type(node: fx.Node) -> object:
+    value = node.meta.get("example_value")
+    is_parameter = isinstance(value, torch.nn.Parameter)
+    static = str(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
+    return (type_of(value), is_parameter, static, node.op == "get_attr")
+
+
+def _aliases(inputs: Sequence[fx.Node]) -> list[int]:
+    """Return for each input the first input that shares its storage.
+
+    AOTAutograd treats inputs that alias one another differently, so a layer whose
+    inputs alias is not the same as one whose inputs do not.
+    """
+    first: dict[object, int] = {}
+    result = []
+    for i, node in enumerate(inputs):
+        value = node.meta.get("example_value")
+        key: object = i
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            key = value.untyped_storage()._cdata
+        result.append(first.setdefault(key, i))
+    return result

@@ -1,0 +1,120 @@
+"""Compile each kind of piece once and run the pieces in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from graphopt._compat import isolated_tracing
+from graphopt.outline.pieces import Piece, extract
+from graphopt.outline.segments import find_layers, operator_nodes, target_name
+
+Compiled = Callable[..., Sequence[Any]]
+CompileOne = Callable[[fx.GraphModule, list[Any]], Compiled]
+
+_STATE_CHANGES = ("set_grad_enabled", "_enter_autocast", "_exit_autocast", "inference")
+
+
+@dataclass(frozen=True)
+class Outlined:
+    """What outlining did: ``layers`` run through ``kinds`` compiled pieces."""
+
+    run: Compiled | None
+    layers: int = 0
+    kinds: int = 0
+    reason: str = ""
+    source: str = field(default="", repr=False)
+
+
+def compile_outlined(gm: fx.GraphModule, compile_one: CompileOne) -> Outlined:
+    """Compile ``gm`` by pieces, or return why not (``run`` is None then).
+
+    ``compile_one(module, example_inputs)`` returns a callable that takes the inputs and
+    gives a sequence of outputs. Results are those of the whole graph: each piece is the
+    very operators, in the order of the graph.
+    """
+    layers = find_layers(gm.graph)
+    if not layers:
+        return Outlined(None, reason="fewer than three repeated layers were found")
+    nodes = operator_nodes(gm.graph)
+    if reason := _state_crosses(nodes, layers):
+        return Outlined(None, reason=reason)
+    pieces = _cut(gm, nodes, layers)
+    kinds = len({piece.key for piece in pieces[1:-1]})
+    if kinds * 2 > len(layers):
+        text = f"{len(layers)} layers are of {kinds} kinds, too few repeat"
+        return Outlined(None, len(layers), kinds, text)
+    compiled = _compile_kinds(pieces, compile_one)
+    source, run = _emit(gm, pieces, compiled)
+    return Outlined(run, len(layers), kinds, source=source)
+
+
+def _cut(
+    gm: fx.GraphModule, nodes: list[fx.Node], layers: list[tuple[int, int]]
+) -> list[Piece]:
+    symbols = [n for n in gm.graph.nodes if n.op == "placeholder" and _is_size(n)]
+    bounds = [(0, layers[0][0]), *layers, (layers[-1][1], len(nodes))]
+    return [extract(gm, nodes[start:end], symbols) for start, end in bounds]
+
+
+def _is_size(node: fx.Node) -> bool:
+    from torch import SymInt
+
+    return isinstance(node.meta.get("example_value"), SymInt)
+
+
+def _state_crosses(nodes: list[fx.Node], layers: list[tuple[int, int]]) -> str:
+    """Autocast or grad-mode switches would not reach from one piece into the next."""
+    for node in nodes[layers[0][0] : layers[-1][1]]:
+        if any(name in target_name(node) for name in _STATE_CHANGES):
+            return f"{target_name(node)} inside the layers changes global state"
+    return ""
+
+
+def _compile_kinds(
+    pieces: Sequence[Piece], compile_one: CompileOne
+) -> dict[str, Compiled]:
+    compiled: dict[str, Compiled] = {}
+    for piece in pieces:
+        if piece.key not in compiled and piece.outputs:
+            examples = [n.meta.get("example_value") for n in piece.inputs]
+            with isolated_tracing():
+                compiled[piece.key] = compile_one(piece.module, examples)
+    return compiled
+
+
+def _emit(
+    gm: fx.GraphModule, pieces: Sequence[Piece], compiled: dict[str, Compiled]
+) -> tuple[str, Compiled]:
+    """Print the program that calls the pieces; values are dropped after last use."""
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    names = {key: f"piece{i}" for i, key in enumerate(compiled)}
+    last = {n: i for i, piece in enumerate(pieces) for n in piece.inputs}
+    kept = set(output.all_input_nodes)
+    lines = [f"def run({', '.join(n.name for n in placeholders)}):"]
+    for i, piece in enumerate(pieces):
+        if not piece.outputs:
+            continue
+        targets = ", ".join(n.name for n in piece.outputs)
+        arguments = ", ".join(n.name for n in piece.inputs)
+        lines.append(f"    ({targets},) = {names[piece.key]}({arguments})")
+        dead = [n.name for n in last if last[n] == i and n not in kept]
+        if dead:
+            lines.append(f"    del {', '.join(dead)}")
+    lines.append(f"    return {_result(output.args[0])}")
+    source = "\n".join(lines) + "\n"
+    scope: dict[str, Any] = {names[key]: fn for key, fn in compiled.items()}
+    exec(compile(source, "<graphopt outlined layers>", "exec"), scope)
+    return source, scope["run"]
+
+
+def _result(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, (tuple, list)):
+        return "(" + "".join(_result(v) + ", " for v in value) + ")"
+    return repr(value)

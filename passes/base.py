@@ -1,0 +1,76 @@
+"""What a pass is: a frozen dataclass whose fields are its options."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from graphopt.remarks import Remark
+
+if TYPE_CHECKING:
+    from graphopt.ir.model_graph import ModelGraph
+
+
+def option(default: Any, help: str, unit: str = "") -> Any:
+    """Declare an option: its default, what it means, and its unit if it has one."""
+    metadata = {"help": help, "unit": unit}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may know beside the graph.
+
+    ``device`` is the type on which the graph will run (``cpu``, ``cuda``).
+    """
+
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did: whether it edited the graph, its remarks, its counts."""
+
+    changed: bool
+    remarks: tuple[Remark, ...] = ()
+    statistics: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A rewrite of a `ModelGraph`.
+
+    Subclasses set ``name`` (kebab-case), ``source`` (the paper), ``exact`` (same
+    results up to rounding, so training works) and implement `run`. They keep no state.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str] = ""
+    exact: ClassVar[bool] = False
+
+    force: bool = option(False, "rewrite even where the prediction says it is slower")
+    expect: int | None = option(
+        None, "number of rewritten sites; any other number is an error", "sites"
+    )
+
+    def run(self, model: ModelGraph, context: PassContext) -> PassResult:
+        """Edit ``model`` and say what was done at every site considered."""
+        raise NotImplementedError(f"{type(self).__name__} has no run()")
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults, in declared order."""
+        result = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if value != _default(item):
+                result[item.name] = value
+        return result
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return item.default
