@@ -1,0 +1,222 @@
+"""The backend of torch.compile: a Dynamo graph in, a compiled callable out."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+import graphopt.ops  # noqa: F401  (registers the dialect)
+from graphopt import _compat
+from graphopt.codegen.cache import cache_dir
+from graphopt.errors import KernelError, PassError
+from graphopt.ir.constants import fold_float_attributes
+from graphopt.ir.dce import eliminate_dead_code
+from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.structure import structure_rows
+from graphopt.ir.text import graph_text
+from graphopt.options import BackendOptions, parse_options
+from graphopt.outline import Outlined, compile_outlined
+from graphopt.passes.base import PassContext
+from graphopt.pipeline import PassRecord, PipelineOptions, run_passes
+from graphopt.remarks import Remark, analysis, applied, failure, missed
+from graphopt.report import CompileReport, report_key
+from graphopt.verify import compare_first_call
+
+Compiled = Callable[..., Any]
+
+_reports: list[CompileReport] = []
+
+
+def graphopt(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **unknown: Any,
+) -> Compiled:
+    """Compile ``gm``; the entry point that ``torch.compile(backend="graphopt")`` finds.
+
+    Flow: raise, rewrite by the configured passes, lower and hand over to Inductor, layer
+    by layer where layers repeat. Raises ConfigError for options that cannot be used; a
+    pass that fails is undone unless ``strict``.
+    """
+    parsed = parse_options({**(options or {}), **unknown}, mode)
+    report, original = _rewrite(gm, parsed)
+    start = time.perf_counter()
+    compiled, outlining = _compile(gm, example_inputs, parsed)
+    report.seconds["compile"] = time.perf_counter() - start
+    report.remarks.append(outlining)
+    if parsed.verify == "numeric" and original is not None:
+        compiled = _verify_numbers(original, compiled, report, parsed)
+    _publish(report, parsed)
+    return compiled
+
+
+def _rewrite(
+    gm: fx.GraphModule, options: BackendOptions
+) -> tuple[CompileReport, fx.GraphModule | None]:
+    seconds = {}
+    with _timed(seconds, "raise"):
+        fold_float_attributes(gm)
+        eliminate_dead_code(gm)
+        model = ModelGraph(gm)
+        structure, kind = structure_rows(model), model.kind
+        before = graph_text(gm)
+    original = fx.GraphModule(gm, _copy(gm.graph)) if _wants_numbers(options) else None
+    with _timed(seconds, "passes"):
+        records = run_passes(gm, options.config.pipeline, _pipeline_options(gm, options))
+    gm.recompile()
+    config = options.config.text()
+    report = CompileReport(kind, config, structure, records, seconds=seconds)
+    report.remarks += [missed(*r) for r in model.missed()]
+    report.key = report_key([before, config, torch.__version__])
+    changed = any(record.changed for record in records)
+    return report, original if changed else None
+
+
+def _wants_numbers(options: BackendOptions) -> bool:
+    return options.verify == "numeric"
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, values))
+    return copy
+
+
+def _pipeline_options(gm: fx.GraphModule, options: BackendOptions) -> PipelineOptions:
+    context = PassContext(device=_device(gm))
+    return PipelineOptions(options.verify, options.strict, context)
+
+
+def _device(gm: fx.GraphModule) -> str:
+    """Return the type of the device that holds most inputs."""
+    kinds = [
+        value.device.type
+        for node in gm.graph.nodes
+        if isinstance(value := node.meta.get("example_value"), torch.Tensor)
+        and node.op == "placeholder"
+    ]
+    return max(set(kinds), key=kinds.count) if kinds else "cpu"
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: list[Any], options: BackendOptions
+) -> tuple[Compiled, Remark]:
+    def compile_one(piece: fx.GraphModule, inputs: list[Any]) -> Compiled:
+        return _compat.compile_fx(piece, inputs, options.inductor)
+
+    if options.outline:
+        outlined = compile_outlined(gm, compile_one)
+        if outlined.run is not None:
+            return outlined.run, _outline_remark(outlined)
+        remark = missed("layers", "not-outlined", outlined.reason)
+    else:
+        remark = missed("layers", "not-outlined", "switched off by outline = False")
+    return compile_one(gm, example_inputs), remark
+
+
+def _outline_remark(outlined: Outlined) -> Remark:
+    text = f"{outlined.layers} layers of {outlined.kinds} kind(s), each compiled once"
+    return applied("layers", text, layers=outlined.layers, kinds=outlined.kinds)
+
+
+def _verify_numbers(
+    original: fx.GraphModule,
+    compiled: Compiled,
+    report: CompileReport,
+    options: BackendOptions,
+) -> Compiled:
+    exact = all(p.exact for p in options.config.pipeline)
+
+    def check(worst: float, scale: float) -> None:
+        text = f"largest difference {worst:.3g}, largest value {scale:.3g}"
+        report.remarks.append(
+            analysis("outputs", "numeric", text, worst=worst, scale=scale)
+        )
+        if exact and worst > 1e-3 * max(scale, 1e-6):
+            report.remarks.append(failure("numeric", f"exact passes gave a {text}"))
+            if options.strict:
+                raise PassError(f"exact passes changed the outputs: {text}")
+        _publish(report, options)
+
+    return compare_first_call(original, compiled, check)
+
+
+def _publish(report: CompileReport, options: BackendOptions) -> None:
+    """Keep the report for this process and write it beside the emitted kernels."""
+    if report not in _reports:
+        _reports.append(report)
+    report.kernels = sorted(_kernel_paths())
+    try:
+        report.write(options.report or cache_dir() / "reports")
+    except (OSError, KernelError) as error:
+        report.remarks.append(failure("report", f"not written: {error}"))
+    for remark in report.all_remarks():
+        if remark.kind == "failure":
+            warnings.warn(str(remark), stacklevel=2)
+
+
+def _kernel_paths() -> list[str]:
+    from graphopt.codegen.cache import loaded_sources
+
+    return [str(path) for path in loaded_sources()]
+
+
+def last_reports() -> list[CompileReport]:
+    """Return the reports of the graphs compiled in this process, oldest first."""
+    return list(_reports)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Any:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def compile(  # noqa: A001  (reads as graphopt.compile)
+    model: torch.nn.Module,
+    config: str | Path | Mapping[str, Any] | None = None,
+    *,
+    dynamic: bool | None = True,
+    fullgraph: bool = False,
+    mode: str | None = None,
+    **options: Any,
+) -> torch.nn.Module:
+    """Compile ``model`` in place and return it; ``generate`` uses the compiled code.
+
+    ``torch.compile(model).generate`` would run the original forward uncompiled, which
+    is why this compiles the module's call and hands back the module itself. Options are
+    checked now, and raise ConfigError, instead of at the first call.
+    """
+    given = {"config": config, **options}
+    parse_options(given, mode)
+    backend_options = {"options": given} if mode is None else {"options": given}
+    model.compile(
+        backend=_with_mode(mode), dynamic=dynamic, fullgraph=fullgraph, **backend_options
+    )
+    return model
+
+
+def _with_mode(mode: str | None) -> Any:
+    """torch.compile refuses mode and options together; bind the mode to the backend."""
+    if mode is None:
+        return "graphopt"
+
+    def with_mode(gm: fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Compiled:
+        return graphopt(gm, inputs, mode=mode, **kwargs)
+
+    return with_mode
+
+
+__all__ = ["PassRecord", "compile", "graphopt", "last_reports"]

@@ -1,0 +1,126 @@
+"""Run a pipeline of passes over a graph: each one timed, verified, diffed, remarked."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from graphopt.errors import PassError
+from graphopt.ir.dce import eliminate_dead_code
+from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.text import graph_text
+from graphopt.passes.base import Pass, PassContext, PassResult
+from graphopt.remarks import Remark, failure, missed
+from graphopt.verify import check_structure, signature
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did to one graph; ``before`` and ``after`` are normalised text."""
+
+    name: str
+    text: str
+    seconds: float
+    changed: bool
+    remarks: tuple[Remark, ...] = ()
+    statistics: dict[str, int] = field(default_factory=dict)
+    before: str = ""
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How to run: ``verify`` is off, structure or numeric; ``strict`` raises."""
+
+    verify: str = "structure"
+    strict: bool = False
+    context: PassContext = PassContext()
+
+
+def run_passes(
+    gm: fx.GraphModule, passes: Sequence[Pass], options: PipelineOptions | None = None
+) -> list[PassRecord]:
+    """Run ``passes`` in order over ``gm``, in place; return one record a pass.
+
+    A pass that raises or breaks the graph is undone and leaves a ``failure`` remark;
+    in strict mode PassError is raised instead, with the graph as before that pass.
+    """
+    options = options or PipelineOptions()
+    records: list[PassRecord] = []
+    text = ""
+    for item in passes:
+        text = text or graph_text(gm)
+        record = _run_one(gm, item, options, text)
+        records.append(record)
+        text = record.after
+    return records
+
+
+def _run_one(
+    gm: fx.GraphModule, item: Pass, options: PipelineOptions, before: str
+) -> PassRecord:
+    saved = _copy(gm.graph)
+    start = time.perf_counter()
+    try:
+        result = _edit(gm, item, options)
+    except Exception as error:
+        gm.graph = saved
+        if options.strict:
+            raise PassError(f"pass {item.name} failed: {error}") from error
+        result = _failed(error)
+    seconds = time.perf_counter() - start
+    remarks = _complete(item, result)
+    after = graph_text(gm) if result.changed else before
+    if options.strict and any(r.code == "expect" for r in remarks):
+        gm.graph = saved
+        raise PassError(next(r.message for r in remarks if r.code == "expect"))
+    return PassRecord(
+        name=item.name,
+        text=repr(item),
+        seconds=seconds,
+        changed=result.changed,
+        remarks=remarks,
+        statistics=result.statistics,
+        before=before,
+        after=after,
+    )
+
+
+def _edit(gm: fx.GraphModule, item: Pass, options: PipelineOptions) -> PassResult:
+    known, outputs = set(gm.graph.nodes), signature(gm)
+    result = item.run(ModelGraph(gm), options.context)
+    if result.changed:
+        eliminate_dead_code(gm)
+        if options.verify != "off":
+            check_structure(gm, outputs, known)
+    return result
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph(graph.owning_module)
+    values: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, values))
+    copy._codegen = graph._codegen
+    return copy
+
+
+def _failed(error: Exception) -> PassResult:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__}: {error} (at {where.name}, line {where.lineno})"
+    return PassResult(False, (failure("undone", text),))
+
+
+def _complete(item: Pass, result: PassResult) -> tuple[Remark, ...]:
+    """Name the pass in its remarks, and report no match or an unexpected number."""
+    remarks = list(result.remarks)
+    count = sum(r.kind == "applied" for r in remarks)
+    if not remarks:
+        remarks.append(missed("graph", "no-sites", "the graph has no site for it"))
+    if item.expect is not None and count != item.expect:
+        message = f"{item.name}: expected {item.expect} rewritten sites, got {count}"
+        remarks.append(failure("expect", message))
+    return tuple(replace(r, pass_name=item.name) for r in remarks)

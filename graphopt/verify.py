@@ -1,0 +1,94 @@
+"""Checks of a rewritten graph: structure after every pass, numbers on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.errors import PassError
+
+
+def signature(gm: fx.GraphModule) -> list[tuple[str, str, str]]:
+    """Return dtype, device and rank-with-shape text of every output of ``gm``."""
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    return [_describe(n.meta.get("example_value")) for n in output.all_input_nodes]
+
+
+def _describe(value: Any) -> tuple[str, str, str]:
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), str(value.device), str(tuple(value.shape)))
+    return (type(value).__name__, "", "")
+
+
+def check_structure(
+    gm: fx.GraphModule, outputs: list[tuple[str, str, str]], known: set[fx.Node]
+) -> None:
+    """Raise PassError unless the graph is well formed and gives the same outputs.
+
+    Nodes outside ``known`` are new: each must carry the value that its operator gives
+    on fake tensors, with the same shape, dtype and strides.
+    """
+    gm.graph.lint()
+    after = signature(gm)
+    if after != outputs:
+        raise PassError(f"the outputs changed from {outputs} to {after}")
+    for node in gm.graph.nodes:
+        if node not in known and node.op == "call_function":
+            _check_value(node)
+
+
+def _check_value(node: fx.Node) -> None:
+    expected = node.meta.get("example_value")
+    if not isinstance(expected, torch.Tensor):
+        return
+    load = lambda n: n.meta["example_value"]  # noqa: E731
+    args = fx.map_arg(node.args, load)
+    kwargs = fx.map_arg(node.kwargs, load)
+    with getattr(expected, "fake_mode", torch.no_grad()):
+        actual = node.target(*args, **kwargs)  # type: ignore[operator]
+    if _describe(actual) != _describe(expected) or actual.stride() != expected.stride():
+        raise PassError(
+            f"{node.name} claims {_describe(expected)}, strides {expected.stride()}, "
+            f"but gives {_describe(actual)}, strides {actual.stride()}"
+        )
+
+
+def compare_first_call(
+    original: fx.GraphModule,
+    compiled: Callable[..., Any],
+    report: Callable[[float, float], None],
+) -> Callable[..., Any]:
+    """Run the unrewritten graph beside the compiled one on the first call.
+
+    ``report`` gets the largest absolute difference over the float outputs and the
+    largest absolute value among them. Inputs are copied: graphs may write to them.
+    """
+    done = False
+
+    def run(*args: Any) -> Any:
+        nonlocal done
+        if done:
+            return compiled(*args)
+        done = True
+        copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        with torch.no_grad():
+            expected = original(*copies)
+        actual = compiled(*args)
+        report(*_difference(expected, actual))
+        return actual
+
+    return run
+
+
+def _difference(expected: Sequence[Any], actual: Sequence[Any]) -> tuple[float, float]:
+    worst, scale = 0.0, 0.0
+    for a, b in zip(expected, actual, strict=True):
+        if isinstance(a, torch.Tensor) and a.is_floating_point() and a.numel():
+            difference = (a.double() - b.detach().double()).abs()
+            same = (a == b) | (a.isnan() & b.isnan())
+            worst = max(worst, difference.masked_fill(same, 0.0).max().item())
+            scale = max(scale, a.double().abs().max().item())
+    return worst, scale
