@@ -1,1 +1,5 @@
-"""graphopt.ops."""
+"""The dialect: the operators that passes insert; importing it registers them."""
+
+from graphopt.ops.attention import attention, attention_reference
+
+__all__ = ["attention", "attention_reference"]

@@ -1,0 +1,221 @@
+"""``graphopt::attention``: attention over the keys that a static pattern allows.
+
+Shapes: query [B, Hq, Sq, D], key [B, Hkv, Skv, D], value [B, Hkv, Skv, Dv], result
+[B, Hq, Sq, Dv], contiguous. Query head h reads KV head ``h // (Hq // Hkv)``.
+``key_mask`` [B, Skv] is true where a key is visible at all. ``sink`` and ``window``
+(tokens) hold one value for all query heads or one each. ``query_offset`` is the position
+of the first query on the key axis. ``scale`` None is ``1/sqrt(D)``; ``softcap`` c > 0
+turns a score s into ``c tanh(s/c)`` (Gemma 2). A row that sees no key gives zeros.
+With fewer than ``min_tokens`` keys the pattern is causal, whatever its name: an
+approximate pass stays exact, and fast, on short prompts inside one compiled graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt.codegen.predicates import PATTERNS
+from graphopt.ops.reference import attention_reference
+
+_SCHEMA = (
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask, str pattern, "
+    "int[] sink, int[] window, SymInt query_offset, float? scale=None, "
+    "float softcap=0.0, SymInt min_tokens=0) -> Tensor"
+)
+
+_library = torch.library.Library("graphopt", "DEF")
+_library.define(_SCHEMA)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    pattern: str,
+    sink: Sequence[int],
+    window: Sequence[int],
+    query_offset: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    min_tokens: int = 0,
+) -> Tensor:
+    """Call ``graphopt::attention``; see the module for shapes and arguments.
+
+    Raises ValueError for shapes, patterns or tables that do not fit together.
+    """
+    return torch.ops.graphopt.attention(
+        query, key, value, key_mask, pattern, sink, window, query_offset, scale,
+        softcap, min_tokens,
+    )  # fmt: skip
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, pattern: str, *tables: Sequence[int]
+) -> None:
+    if pattern not in PATTERNS:
+        raise ValueError(f"graphopt.attention: unknown pattern '{pattern}'")
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads % kv_heads or value.shape[1] != kv_heads:
+        raise ValueError(
+            f"graphopt.attention: {heads} query heads do not share {kv_heads} key and "
+            f"{value.shape[1]} value heads evenly"
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError("graphopt.attention: query and key differ in head_dim")
+    for table in tables:
+        if len(table) not in (1, heads):
+            raise ValueError(
+                f"graphopt.attention: a table of {len(table)} values for {heads} heads"
+            )
+
+
+@torch.library.register_fake("graphopt::attention", lib=_library)
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    pattern: str,
+    sink: Sequence[int],
+    window: Sequence[int],
+    query_offset: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    min_tokens: int = 0,
+) -> Tensor:
+    _check(query, key, value, pattern, sink, window)
+    return query.new_empty((*query.shape[:3], value.shape[-1]))
+
+
+@torch.library.impl(_library, "attention", "CPU")
+def _cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    pattern: str,
+    sink: Sequence[int],
+    window: Sequence[int],
+    query_offset: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    min_tokens: int = 0,
+) -> Tensor:
+    from graphopt.codegen.cpp import attention as cpp
+
+    _check(query, key, value, pattern, sink, window)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    pattern = _effective(pattern, key, min_tokens)
+    if _is_dense_causal(query, key, key_mask, pattern, query_offset, softcap):
+        return _dense_causal(query, key, value, scale)
+    arguments = (pattern, sink, window, query_offset, scale, softcap)
+    if not cpp.supports(query.dtype):
+        return attention_reference(query, key, value, key_mask, *arguments)
+    return cpp.launch(query, key, value, key_mask, *arguments)
+
+
+@torch.library.impl(_library, "attention", "CUDA")
+def _cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    pattern: str,
+    sink: Sequence[int],
+    window: Sequence[int],
+    query_offset: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    min_tokens: int = 0,
+) -> Tensor:
+    from graphopt.codegen.triton import attention as triton_attention
+
+    _check(query, key, value, pattern, sink, window)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    pattern = _effective(pattern, key, min_tokens)
+    if _is_dense_causal(query, key, key_mask, pattern, query_offset, softcap):
+        return _dense_causal(query, key, value, scale)
+    return triton_attention.launch(
+        query, key, value, key_mask, pattern, sink, window, query_offset, scale, softcap
+    )
+
+
+def _effective(pattern: str, key: Tensor, min_tokens: int) -> str:
+    return "causal" if key.shape[2] < min_tokens else pattern
+
+
+def _is_dense_causal(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    pattern: str,
+    query_offset: int,
+    softcap: float,
+) -> bool:
+    """Plain causal prefill is ATen's: an unrewritten model has the same bits there."""
+    fresh = query_offset == 0 and query.shape[2] == key.shape[2]
+    return pattern == "causal" and key_mask is None and fresh and softcap == 0.0
+
+
+def _dense_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+    )
+    return out.contiguous()
+
+
+# Opaque to AOTAutograd's tracing: torch.autograd.grad cannot run inside it.
+_library.define(
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
+    "Tensor? key_mask, str pattern, int[] sink, int[] window, SymInt query_offset, "
+    "float? scale, float softcap, SymInt min_tokens) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _backward_kernel(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    key_mask, pattern, sink, window, offset, scale, softcap, min_tokens = rest
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    pattern = _effective(pattern, key, min_tokens)
+    inputs = [t.detach().requires_grad_() for t in (query, key, value)]
+    with torch.enable_grad():
+        out = attention_reference(
+            *inputs, key_mask, pattern, sink, window, offset, scale, softcap
+        )
+        grads = torch.autograd.grad(out, inputs, grad)
+    return tuple(g.contiguous() for g in grads)
+
+
+_library.impl("attention_backward", _backward_kernel, "CPU")
+_library.impl("attention_backward", _backward_kernel, "CUDA")
+
+
+@torch.library.register_fake("graphopt::attention_backward", lib=_library)
+def _backward_fake(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Recompute through the reference; exact, and quadratic in memory like eager."""
+    grads = torch.ops.graphopt.attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return (*grads, *[None] * 8)
+
+
+torch.library.register_autograd(
+    "graphopt::attention", _backward, setup_context=_setup_context, lib=_library
+)
