@@ -1,0 +1,170 @@
+"""Eager attention: matmul, scale, soft cap, mask, softmax, matmul."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from graphopt.ir.attention import AttentionSite, undo_repeats, with_mask
+from graphopt.ir.index_expr import Evaluator
+from graphopt.ir.match import argument, float_of, op_name, shape_of, value_of
+
+_CASTS = ("to", "float", "contiguous", "type_as")
+
+
+def match_eager(softmax: fx.Node, evaluator: Evaluator) -> AttentionSite | None:
+    """Return the site around ``softmax``, or None when it is no attention.
+
+    A site that holds more than the op can express (a bias, sinks, dropout) comes back
+    with ``unsupported``.
+    """
+    if argument(softmax, 1, "dim") not in (-1, 3) or len(shape_of(softmax) or ()) != 4:
+        return None
+    product, dropped = _weighted_values(softmax)
+    scores = _skip_casts(softmax.args[0])
+    if product is None or scores is None:
+        return None
+    found = _Scores()
+    if not found.read(scores):
+        return None
+    return _site(softmax, product, found, dropped, evaluator)
+
+
+def _site(
+    softmax: fx.Node,
+    product: fx.Node,
+    found: _Scores,
+    dropped: bool,
+    evaluator: Evaluator,
+) -> AttentionSite | None:
+    assert found.query is not None and found.key is not None
+    value: Any = product.args[1]
+    key, value, repeated = undo_repeats(found.query, found.key, value)
+    shapes = [shape_of(t) or () for t in (found.query, key, value)]
+    if any(len(s) != 4 or not isinstance(s[1], int) for s in shapes):
+        return None
+    site = AttentionSite(0, product, found.query, key, value, "eager")
+    site = replace(
+        site, scale=found.scale, softcap=found.softcap, repeats_heads=repeated
+    )
+    if found.sinks:
+        return replace(site, mask=found.mask, unsupported="attention sinks")
+    if dropped:
+        return replace(site, unsupported="dropout")
+    return with_mask(site, found.mask, evaluator)
+
+
+class _Scores:
+    """What is found on the way from softmax back to query and key."""
+
+    def __init__(self) -> None:
+        self.query: fx.Node | None = None
+        self.key: fx.Node | None = None
+        self.mask: fx.Node | None = None
+        self.scale = 1.0
+        self.softcap = 0.0
+        self.sinks = False
+
+    def read(self, node: fx.Node | None) -> bool:
+        """Walk back; return whether query and key were found."""
+        for _ in range(12):
+            node = _skip_casts(node)
+            if node is None:
+                return False
+            if op_name(node) == "matmul":
+                return self._product(node)
+            node = self._step(node)
+        return False
+
+    def _step(self, node: fx.Node) -> fx.Node | None:
+        name = op_name(node)
+        if name == "add" and self.mask is None and self.softcap == 0.0:
+            return self._masked(node)
+        if name in ("mul", "div"):
+            return self._scaled(node, name)
+        if name == "cat":
+            self.sinks = True
+            first = node.args[0]
+            return first[0] if isinstance(first, (list, tuple)) else None  # type: ignore[return-value]
+        if name == "sub" and self.sinks is False and _is_shift(node):
+            return node.args[0]  # type: ignore[return-value]
+        return None
+
+    def _masked(self, node: fx.Node) -> fx.Node | None:
+        left, right = node.args[:2]
+        if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+            return None
+        self.mask = right
+        return left
+
+    def _scaled(self, node: fx.Node, name: str) -> fx.Node | None:
+        left, right = node.args[:2]
+        factor = float_of(right)
+        if not isinstance(left, fx.Node) or factor is None or factor == 0.0:
+            return None
+        inner = _skip_casts(left)
+        if name == "mul" and inner is not None and op_name(inner) == "tanh":
+            return self._capped(inner, factor)
+        self.scale *= factor if name == "mul" else 1.0 / factor
+        return left
+
+    def _capped(self, tanh: fx.Node, cap: float) -> fx.Node | None:
+        divided = tanh.args[0]
+        if not isinstance(divided, fx.Node) or op_name(divided) != "div":
+            return None
+        if float_of(divided.args[1]) != cap or self.scale != 1.0:
+            return None
+        self.softcap = cap
+        return divided.args[0]  # type: ignore[return-value]
+
+    def _product(self, node: fx.Node) -> bool:
+        query, transposed = node.args[:2]
+        if not isinstance(query, fx.Node) or not isinstance(transposed, fx.Node):
+            return False
+        if op_name(transposed) != "transpose":
+            return False
+        axes = {int(a) % 4 for a in transposed.args[1:3]}  # type: ignore[arg-type]
+        key = transposed.args[0]
+        if axes != {2, 3} or not isinstance(key, fx.Node):
+            return False
+        self.query, self.key = query, key
+        return True
+
+
+def _is_shift(node: fx.Node) -> bool:
+    """Subtracting the row's maximum before softmax changes nothing."""
+    shift = node.args[1]
+    name = op_name(shift) if isinstance(shift, fx.Node) else ""
+    return name in ("amax", "max", "getattr", "getitem")
+
+
+def _weighted_values(softmax: fx.Node) -> tuple[fx.Node | None, bool]:
+    """Follow softmax through casts, slices and dropout to the product with values."""
+    node, dropped = softmax, False
+    for _ in range(8):
+        users = list(node.users)
+        products = [u for u in users if op_name(u) == "matmul" and u.args[0] is node]
+        if products:
+            # Returned attention weights would need the full matrix.
+            return (products[0] if len(users) == 1 else None), dropped
+        if len(users) != 1:
+            return None, dropped
+        node = users[0]
+        if op_name(node) == "dropout":
+            dropped |= _drops(node)
+        elif op_name(node) not in (*_CASTS, "getitem"):
+            return None, dropped
+    return None, dropped
+
+
+def _drops(node: fx.Node) -> bool:
+    probability = float_of(argument(node, 1, "p", 0.5))
+    return bool(argument(node, 2, "training", True)) and probability != 0.0
+
+
+def _skip_casts(node: Any) -> fx.Node | None:
+    while isinstance(node, fx.Node) and op_name(node) in _CASTS:
+        node = node.args[0]
+    return node if isinstance(node, fx.Node) and value_of(node) is not None else None

@@ -1,0 +1,133 @@
+"""Read an attention mask's graph back as (pattern, offset, window, key mask)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from graphopt.ir.index_expr import Evaluator, J, Load, visible
+from graphopt.ir.match import shape_of, size_expr, value_of
+
+_KEY, _QUERY, _HEAD, _BATCH = J[0], J[1], J[2], J[3]
+
+
+@dataclass(frozen=True)
+class MaskForm:
+    """What a mask means: query row r is at key position r + ``offset`` and sees key k
+    when ``k <= r + offset`` (causal), ``k > r + offset - window``, and ``key_mask``.
+
+    ``pattern`` is full, causal or sliding-window; ``key_mask`` a bool [B, Skv] node.
+    """
+
+    pattern: str
+    offset: Any = sympy.Integer(0)
+    window: int = 0
+    key_mask: fx.Node | None = None
+
+
+class UnknownMaskError(ValueError):
+    """The mask is not one of the known forms; the message says why."""
+
+
+def read_mask(mask: fx.Node, evaluator: Evaluator | None = None) -> MaskForm:
+    """Return the form of a bool or additive float mask [B|1, H|1, Sq, Skv].
+
+    Raises UnknownMaskError for biases, masks that are data, and anything else that is
+    not a conjunction of the known conditions.
+    """
+    evaluator = evaluator or Evaluator()
+    value = evaluator.tensor(mask)
+    if value is None:
+        raise UnknownMaskError("the mask is no tensor")
+    try:
+        shown = visible(value)
+    except ValueError:
+        raise UnknownMaskError("an additive bias, not a mask") from None
+    reader = _Reader(evaluator)
+    for part in _conjuncts(shown):
+        reader.take(part)
+    return reader.form()
+
+
+def _conjuncts(expr: Any) -> list[Any]:
+    if expr == sympy.true:
+        return []
+    if isinstance(expr, sympy.Not) and isinstance(expr.args[0], sympy.Or):
+        return [c for a in expr.args[0].args for c in _conjuncts(sympy.Not(a))]
+    if isinstance(expr, sympy.And):
+        return [c for a in expr.args for c in _conjuncts(a)]
+    return [expr]
+
+
+class _Reader:
+    """Collects the conjuncts of one mask."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+        self.upper: list[Any] = []
+        self.lower: list[Any] = []
+        self.key_mask: fx.Node | None = None
+
+    def take(self, part: Any) -> None:
+        if isinstance(part, (sympy.Ge, sympy.Gt, sympy.Le, sympy.Lt)):
+            self._take_bound(part)
+        elif part.has(Load):
+            self._take_load(part)
+        else:
+            raise UnknownMaskError(f"the condition {part}")
+
+    def _take_bound(self, part: Any) -> None:
+        """Bring ``left <= right`` to a bound on k - r."""
+        less = isinstance(part, (sympy.Le, sympy.Lt))
+        left, right = (part.lhs, part.rhs) if less else (part.rhs, part.lhs)
+        slack = sympy.expand(right - left)  # at least 0, or at least 1 when strict
+        if isinstance(part, (sympy.Lt, sympy.Gt)):
+            slack -= 1
+        if slack.has(Load):
+            raise UnknownMaskError("positions are data")
+        along_key = sympy.diff(slack, _KEY)
+        rest = sympy.expand(slack - along_key * (_KEY - _QUERY))
+        if along_key not in (1, -1) or rest.free_symbols & set(J):
+            raise UnknownMaskError(f"the condition {part}")
+        if along_key == -1:  # rest - (k - r) >= 0
+            self.upper.append(rest)
+        else:  # (k - r) + rest >= 0
+            self.lower.append(-rest)
+
+    def _take_load(self, part: Any) -> None:
+        if not isinstance(part, sympy.Ne) or not isinstance(part.lhs, Load):
+            raise UnknownMaskError(f"data in the condition {_short(part)}")
+        number, *indices = part.lhs.args
+        node = self.evaluator.loads[int(number)]
+        shape = shape_of(node) or ()
+        one_row = len(indices) == 2 and size_expr(shape[0]) == 1
+        wanted = [sympy.Integer(0) if one_row else _BATCH, _KEY]
+        if list(indices) != wanted:
+            raise UnknownMaskError(f"the mask is data ({node.name} at {indices})")
+        if value_of(node).dtype != torch.bool or self.key_mask is not None:
+            raise UnknownMaskError("more than one key mask, or one that is not bool")
+        self.key_mask = node
+
+    def form(self) -> MaskForm:
+        """Return what the conjuncts amount to."""
+        if not self.upper and not self.lower:
+            return MaskForm("full", key_mask=self.key_mask)
+        if len(set(self.upper)) != 1 or len(set(self.lower)) > 1:
+            raise UnknownMaskError("several causal or window conditions, or a window "
+                                   "without a causal one")
+        offset = self.upper[0]
+        if not self.lower:
+            return MaskForm("causal", offset, key_mask=self.key_mask)
+        window = sympy.simplify(offset - self.lower[0] + 1)
+        if not window.is_Integer or window <= 0:
+            raise UnknownMaskError(f"a window of {window} tokens")
+        return MaskForm("sliding-window", offset, int(window), self.key_mask)
+
+
+def _short(expr: Any) -> str:
+    text = str(expr)
+    return text if len(text) < 80 else text[:77] + "..."
