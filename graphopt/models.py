@@ -51,14 +51,19 @@ def load(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     read that copy. HF_HUB_OFFLINE is respected. Raises ModelError for a model that is
     missing, cut off, unreadable, or has NaN in its weights.
     """
-    source = _resolve(model)
-    if isinstance(source, Path) and source.is_file():
-        source = _converted(source)
-    name = str(source)
+    name = _loadable(model)
     with _quiet(), _explained(model):
         module = _model_class(name).from_pretrained(name, dtype=dtype).eval()
     _refuse_nan(module, model)
     return LoadedModel(module, _tokenizer(name), model)
+
+
+def load_tokenizer(model: str) -> Any:
+    """Load the tokenizer of ``model`` alone; ModelError when it has none."""
+    found = _tokenizer(_loadable(model))
+    if found is None:
+        raise ModelError(f"{model}: no tokenizer beside the model")
+    return found
 
 
 def gguf_path(alias: str) -> Path | None:
@@ -72,6 +77,14 @@ def gguf_path(alias: str) -> Path | None:
         return None
     path = Path(spec.origin).parent / file
     return path if path.exists() else None
+
+
+def _loadable(model: str) -> str:
+    """Return a directory or hub id that transformers loads as it is."""
+    source = _resolve(model)
+    if isinstance(source, Path) and source.is_file():
+        source = _converted(source)
+    return str(source)
 
 
 def _resolve(model: str) -> Path | str:

@@ -1,0 +1,63 @@
+"""The predicted cost of one attention site, before and after the passes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from graphopt.cost import AttentionShape, attention_cost
+from graphopt.ir.attention import AttentionSite
+
+
+def site_figures(
+    before: AttentionSite, after: AttentionSite, tokens: int
+) -> dict[str, Any]:
+    """Return patterns, GFLOP and MB of a site for a prefill of ``tokens``, batch 1."""
+    old, new = _visited(before, tokens), _visited(after, tokens)
+    return {
+        "pattern_before": _label(before, old),
+        "pattern_after": _label(after, new),
+        "gflop_before": _flops(before, old, tokens) / 1e9,
+        "gflop_after": _flops(after, new, tokens) / 1e9,
+        "mb_before": _bytes(before, tokens) / 1e6,
+        "mb_after": _bytes(after, tokens) / 1e6,
+    }
+
+
+Visited = Counter[tuple[str, int, int]]
+
+
+def _visited(site: AttentionSite, tokens: int) -> Visited:
+    """Return how many heads visit the keys of which (pattern, sink, window)."""
+    if site.form != "op":
+        # A mask tensor is added after every product was taken: all pairs are visited.
+        pattern = "full" if site.mask is not None else site.pattern
+        return Counter({(pattern, 0, site.window): site.num_heads})
+    _, _, _, _, pattern, sink, window, *rest = site.node.args
+    minimum = rest[3] if len(rest) > 3 else site.node.kwargs.get("min_tokens", 0)
+    if isinstance(minimum, int) and tokens < minimum:
+        return Counter({("causal", 0, 0): site.num_heads})
+    tables = [(list(t) * site.num_heads)[: site.num_heads] for t in (sink, window)]  # type: ignore[arg-type]
+    return Counter((str(pattern), *row) for row in zip(*tables, strict=True))
+
+
+def _label(site: AttentionSite, visited: Visited) -> str:
+    names = "+".join(sorted({pattern for pattern, _, _ in visited}))
+    return names if site.form == "op" or site.mask is None else f"{names}, masked"
+
+
+def _flops(site: AttentionSite, visited: Visited, tokens: int) -> float:
+    total = 0.0
+    for (pattern, sink, window), heads in visited.items():
+        shape = AttentionShape(heads, site.num_kv_heads, site.head_dim, site.itemsize)
+        total += attention_cost(shape, pattern, sink, window).at(1, tokens)[0]
+    return total
+
+
+def _bytes(site: AttentionSite, tokens: int) -> float:
+    """Count q, k, v and the output, repeated KV heads and the mask where they exist."""
+    expands = site.form != "op" and site.repeats_heads
+    kv_heads = site.num_heads if expands else site.num_kv_heads
+    shape = AttentionShape(site.num_heads, kv_heads, site.head_dim, site.itemsize)
+    total = attention_cost(shape, "causal").at(1, tokens)[1]
+    return total + (tokens**2 if site.form != "op" and site.mask is not None else 0)

@@ -1,0 +1,104 @@
+"""Trace a model and run the passes, without computing or compiling anything.
+
+Dynamo runs under fake tensors: sizes and dtypes go through the model, numbers do not,
+so a prompt of 100,000 tokens is explained as fast as a short one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import TorchDynamoException
+
+from graphopt.backend import _rewrite as rewrite
+from graphopt.cli.site_cost import site_figures
+from graphopt.errors import GraphoptError, ModelError
+from graphopt.ir.attention import AttentionSite
+from graphopt.ir.model_graph import ModelGraph
+from graphopt.options import BackendOptions, parse_options
+from graphopt.report import CompileReport
+
+
+@dataclass
+class Traced:
+    """The report of each graph, and the predicted cost of each of its sites."""
+
+    reports: list[CompileReport] = field(default_factory=list)
+    costs: list[list[dict[str, Any]]] = field(default_factory=list)
+    patterns: set[str] = field(default_factory=set)
+
+
+def trace(model: torch.nn.Module, config: str | None, tokens: int) -> Traced:
+    """Return what graphopt makes of a prefill of ``tokens`` tokens, batch 1.
+
+    Raises ConfigError for the config and ModelError when Dynamo cannot trace the model.
+    """
+    found = Traced()
+    options = parse_options({"config": config})
+    backend = _recorder(found, options, tokens)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    try:
+        with _fake_mode(), torch.no_grad():
+            compiled(**example_inputs(model, tokens))
+    except (TorchDynamoException, RuntimeError, ValueError, TypeError) as error:
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, GraphoptError):
+            raise inner from error
+        cause = str(inner or error).strip().splitlines()[0]
+        raise ModelError(
+            f"{type(model).__name__}: cannot be traced: {cause}"
+        ) from error
+    if not found.reports:
+        raise ModelError(f"{type(model).__name__}: Dynamo captured no graph of it")
+    return found
+
+
+def _fake_mode() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def example_inputs(model: torch.nn.Module, tokens: int) -> dict[str, Any]:
+    """Return the inputs of a prefill: ids for a language model, pixels for a vision one."""
+    config: Any = model.config
+    name = getattr(model, "main_input_name", "input_ids")
+    if name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.rand(1, channels, size, size)}
+    vocabulary = config.get_text_config().vocab_size
+    inputs: dict[str, Any] = {"input_ids": torch.randint(0, vocabulary, (1, tokens))}
+    if getattr(model, "can_generate", bool)():
+        inputs |= {"use_cache": True, "logits_to_keep": 1}
+    return inputs
+
+
+def _recorder(
+    found: Traced, options: BackendOptions, tokens: int
+) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        before = {s.index: s for s in ModelGraph(gm).attention}
+        report, _ = rewrite(gm, options)
+        after = {s.index: s for s in ModelGraph(gm).attention}
+        found.patterns |= {s.pattern for s in after.values() if s.form == "op"}
+        found.reports.append(report)
+        found.costs.append(_costs(before, after, tokens))
+        return gm.forward
+
+    return backend
+
+
+def _costs(
+    before: dict[int, AttentionSite], after: dict[int, AttentionSite], tokens: int
+) -> list[dict[str, Any]]:
+    return [
+        {"site": f"attention[{i}]", **site_figures(s, after.get(i, s), tokens)}
+        for i, s in before.items()
+    ]

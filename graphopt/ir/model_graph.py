@@ -1,0 +1,115 @@
+"""`ModelGraph`: the transformer inside an FX graph, as passes see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import SymInt, fx
+
+from graphopt.ir.attention import AttentionSite, find_attention
+from graphopt.ir.ffn import FfnSite, find_ffn
+from graphopt.ir.match import op_name, size_expr
+from graphopt.ir.norms import NormSite, find_norms
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer: its attention, and what follows up to the next one's."""
+
+    index: int
+    attention: AttentionSite
+    ffn: tuple[FfnSite, ...]
+    norms: tuple[NormSite, ...]
+
+
+class ModelGraph:
+    """A view over a graph module; sites are found once, when first asked for.
+
+    Passes make a new view after an edit (the pipeline does).
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+
+    @cached_property
+    def attention(self) -> list[AttentionSite]:
+        """Return the attention sites in graph order."""
+        return find_attention(self.gm)
+
+    @cached_property
+    def ffn(self) -> list[FfnSite]:
+        """Return the feed-forward sites in graph order."""
+        return find_ffn(self.gm)
+
+    @cached_property
+    def norms(self) -> list[NormSite]:
+        """Return the norms in graph order."""
+        return find_norms(self.gm)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """Return the layers: each attention with the FFNs and norms nearest to it."""
+        order = {node: i for i, node in enumerate(self.gm.graph.nodes)}
+        starts = [order[site.node] for site in self.attention]
+        ends = [*starts[1:], len(order)]
+        return [
+            Layer(
+                site.index,
+                site,
+                tuple(f for f in self.ffn if start <= order[f.down] < end),
+                tuple(n for n in self.norms if start <= order[n.output] < end),
+            )
+            for site, start, end in zip(self.attention, starts, ends, strict=True)
+        ]
+
+    @cached_property
+    def tokens(self) -> Any:
+        """Return the number of query tokens: SymInt when symbolic, int when traced
+        with a fixed length, None without attention."""
+        return self.attention[0].query_len if self.attention else None
+
+    @cached_property
+    def token_symbol(self) -> Any:
+        """Return the sympy symbol of the token count, or None where it is a number."""
+        return size_expr(self.tokens) if isinstance(self.tokens, SymInt) else None
+
+    @cached_property
+    def kind(self) -> str:
+        """Return prefill, decode, encoder, or unknown (no attention)."""
+        if not self.attention:
+            return "unknown"
+        if isinstance(self.tokens, int) and self.tokens == 1:
+            return "decode"
+        causal = any(s.pattern != "full" for s in self.attention)
+        masked = any(s.unsupported for s in self.attention)
+        return "prefill" if causal or masked else "encoder"
+
+    def missed(self) -> list[tuple[str, str, str]]:
+        """Return (site, code, reason) of what raise could not recognise."""
+        if not self.attention:
+            return [("graph", "no-attention", "the graph holds no attention")]
+        used = {site.node for site in self.attention}
+        rows = [
+            (f"attention[{s.index}]", "unsupported", s.unsupported)
+            for s in self.attention
+            if s.unsupported
+        ]
+        for node in self.gm.graph.nodes:
+            if op_name(node) == "softmax" and not _feeds(node, used):
+                rows.append((node.name, "not-raised", "a softmax in no known attention"))
+        return rows
+
+
+def _feeds(softmax: fx.Node, attention: set[fx.Node]) -> bool:
+    """Tell whether ``softmax`` is inside an eager attention that was found."""
+    node = softmax
+    for _ in range(8):
+        if node in attention:
+            return True
+        users = list(node.users)
+        if not users:
+            return False
+        node = users[0]
+    return False
