@@ -10,8 +10,8 @@ import torch
 def agreement(reference: Any, other: Any) -> dict[str, float]:
     """Compare logits [steps, vocab] of the same tokens.
 
-    ``top1_agreement`` is the share of steps with the same best token and ``mean_kl`` the
-    mean of KL(reference || other) in nats.
+    ``top1_agreement`` is the share of steps with the same best token; ``mean_kl`` is
+    the mean of KL(reference || other), in nats.
     """
     first, second = (torch.as_tensor(x).double() for x in (reference, other))
     log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)

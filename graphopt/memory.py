@@ -10,7 +10,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak() -> None:
-    """Start the peak anew (Linux); elsewhere the peak stays the process's whole life."""
+    """Start the peak anew (Linux); elsewhere it stays that of the whole process."""
     try:
         _CLEAR.write_text("5")
     except OSError:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 Model = Annotated[
     str,
@@ -32,7 +35,7 @@ Dtype = Annotated[
 ]
 
 
-def dtype_of(name: str) -> object:
+def dtype_of(name: str) -> torch.dtype:
     """Return the torch dtype of ``name``; ConfigError for any but the three."""
     import torch
 
@@ -41,4 +44,5 @@ def dtype_of(name: str) -> object:
     names = ("float32", "bfloat16", "float16")
     if name not in names:
         raise ConfigError(f"--dtype {name}: unknown{did_you_mean(name, names)}")
-    return getattr(torch, name)
+    found: torch.dtype = getattr(torch, name)
+    return found

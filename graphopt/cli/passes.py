@@ -31,7 +31,8 @@ def passes(
         print_json([f.as_dict() for f in found] if name is None else found[0].as_dict())
     elif name is None:
         rows = [
-            (f.name, "yes" if f.exact else "no", f.summary, f.source) for f in found
+            (f.name, "yes" if f.exact else "no", f.summary.replace("``", ""), f.source)
+            for f in found
         ]
         print_table("", ("pass", "exact", "what it does", "source"), rows)
     else:

@@ -60,7 +60,7 @@ class Outcome:
 
 
 def run_apart(job: Job, forced: Sequence[int] | None = None) -> Outcome:
-    """Run ``job`` in a fresh process; errors that a message explains come back whole."""
+    """Run ``job`` in a fresh process; GraphoptError comes back as it was raised."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(_run, job, list(forced or [])).result()
@@ -113,9 +113,9 @@ def use_backend(model: Any, backend: str, config: str | None) -> None:
     """
     if backend == "eager":
         return
-    options = {"options": {"config": config}} if backend == "graphopt" else {}
+    options: Any = {"config": config} if backend == "graphopt" else None
     model.forward = torch.compile(
-        model.forward, backend=backend, dynamic=True, **options
+        model.forward, backend=backend, dynamic=True, options=options
     )
 
 

@@ -33,11 +33,12 @@ def _visited(site: AttentionSite, tokens: int) -> Visited:
         # A mask tensor is added after every product was taken: all pairs are visited.
         pattern = "full" if site.mask is not None else site.pattern
         return Counter({(pattern, 0, site.window): site.num_heads})
-    _, _, _, _, pattern, sink, window, *rest = site.node.args
-    minimum = rest[3] if len(rest) > 3 else site.node.kwargs.get("min_tokens", 0)
+    arguments: tuple[Any, ...] = site.node.args
+    pattern, sink, window = arguments[4:7]
+    minimum = site.node.kwargs.get("min_tokens", (*arguments, *[0] * 4)[10])
     if isinstance(minimum, int) and tokens < minimum:
         return Counter({("causal", 0, 0): site.num_heads})
-    tables = [(list(t) * site.num_heads)[: site.num_heads] for t in (sink, window)]  # type: ignore[arg-type]
+    tables = [(list(t) * site.num_heads)[: site.num_heads] for t in (sink, window)]
     return Counter((str(pattern), *row) for row in zip(*tables, strict=True))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ def _fake_mode() -> Any:
 
 
 def example_inputs(model: torch.nn.Module, tokens: int) -> dict[str, Any]:
-    """Return the inputs of a prefill: ids for a language model, pixels for a vision one."""
+    """Return the inputs of a prefill: token ids, or pixels for a vision model."""
     config: Any = model.config
     name = getattr(model, "main_input_name", "input_ids")
     if name == "pixel_values":
