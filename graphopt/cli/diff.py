@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graphopt.cli.arguments import Config, Json, Model, Tokens
 from graphopt.cli.output import print_json, progress, stdout
 from graphopt.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from graphopt.pipeline import PassRecord
+    from graphopt.report import CompileReport
 
 
 def diff(
@@ -28,6 +33,7 @@ def diff(
     Example: graphopt diff smollm2 -c examples/a-shape.toml --layer 0
     """
     from graphopt.cli.trace import trace
+    from graphopt.diff import coloured
     from graphopt.models import load
     from graphopt.options import parse_options
 
@@ -39,27 +45,34 @@ def diff(
     with progress(f"loading {model} and tracing it"):
         traced = trace(load(model).model, config, tokens)
     found = [
-        {"graph": i, "pass": name[3:], "diff": _of_layer(text, layer)}
+        {"graph": i, "pass": record.name, "diff": text}
         for i, report in enumerate(traced.reports)
-        for name, text in report.diffs().items()
-        if only in (None, name[3:])
+        for record in report.records
+        if only in (None, record.name) and (text := _diff(report, record, layer))
     ]
     if as_json:
         print_json(found)
         return
     for entry in found:
-        _print_diff(str(entry["diff"]))
+        stdout().print(f"graph {entry['graph']}, pass {entry['pass']}", style="bold")
+        stdout().print(coloured(str(entry["diff"])), soft_wrap=True, end="")
     if not found:
         typer.echo("no pass changed the graph; graphopt explain says why", err=True)
 
 
-def _of_layer(text: str, layer: int | None) -> str:
-    return text
+def _diff(report: CompileReport, record: PassRecord, layer: int | None) -> str:
+    """Return what a pass changed, in the whole graph or in one layer of it."""
+    from graphopt.diff import unified_diff
+
+    if layer is None:
+        return unified_diff(record.before, record.after)
+    count = len(report.structure)
+    if layer >= count:
+        raise ConfigError(f"--layer {layer}: the graph has {count} layers, from 0")
+    return unified_diff(_of_layer(record.before, layer), _of_layer(record.after, layer))
 
 
-def _print_diff(text: str) -> None:
-    styles = {"+": "green", "-": "red", "@": "cyan"}
-    console = stdout()
-    for line in text.splitlines():
-        style = "bold" if line[:3] in ("+++", "---") else styles.get(line[:1], "")
-        console.print(line, style=style or None, markup=False, soft_wrap=True)
+def _of_layer(text: str, layer: int) -> str:
+    """Keep the lines that define the layer's values or read its parameters' inputs."""
+    own = re.compile(rf"%L{layer}\.|input %.*\b(layers?|h|blocks?)\.{layer}\.")
+    return "".join(line for line in text.splitlines(True) if own.match(line))
