@@ -58,7 +58,13 @@ def command(flags: Sequence[str] = ()) -> list[str]:
     abi = int(torch.compiled_with_cxx11_abi())
     return [
         *find(),
-        *("-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast"),
+        *(
+            "-std=c++20",
+            "-O3",
+            "-march=native",
+            "-fno-math-errno",
+            "-ffp-contract=fast",
+        ),
         *("-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
         f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
         *vector_flags(),
@@ -80,7 +86,7 @@ def _machine() -> str:
 
 
 def build(command: Sequence[str], source: Path, output: Path) -> None:
-    """Build ``source`` into ``output``; KernelError holds the compiler's first errors."""
+    """Build ``source`` into ``output``; KernelError holds the first errors."""
     libraries = ["-ltorch_cpu", "-lc10"]
     result = subprocess.run(
         [*command, str(source), "-o", str(output), *libraries],

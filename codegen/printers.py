@@ -25,7 +25,9 @@ class _IntegerPrinter(Printer):
         text = self._print(terms[0])
         for term in terms[1:]:
             negative = term.could_extract_minus_sign()
-            text += (" - " if negative else " + ") + self._print(-term if negative else term)
+            text += (" - " if negative else " + ") + self._print(
+                -term if negative else term
+            )
         return text
 
     def _print_Mul(self, expr: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -19,7 +19,8 @@ def compile_fx(
     """Inductor on a graph; ``torch.compile(gm)`` inside a backend would run eagerly."""
     from torch._inductor.compile_fx import compile_fx as inductor
 
-    return inductor(gm, example_inputs, config_patches=patches or None)
+    compiled: Any = inductor(gm, example_inputs, config_patches=patches or None)
+    return cast("Callable[..., Any]", compiled)
 
 
 def inductor_mode(mode: str, dynamic: bool | None) -> dict[str, Any]:

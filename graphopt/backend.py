@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import graphopt.ops  # noqa: F401  (registers the dialect)
 from graphopt import _compat
+from graphopt import ops as _ops  # noqa: F401  registers graphopt::attention
 from graphopt.codegen.cache import cache_dir
 from graphopt.errors import KernelError, PassError
 from graphopt.ir.constants import fold_float_attributes
@@ -44,12 +44,12 @@ def graphopt(
 ) -> Compiled:
     """Compile ``gm``; the entry point that ``torch.compile(backend="graphopt")`` finds.
 
-    Flow: raise, rewrite by the configured passes, lower and hand over to Inductor, layer
-    by layer where layers repeat. Raises ConfigError for options that cannot be used; a
-    pass that fails is undone unless ``strict``.
+    Flow: raise, rewrite by the configured passes, lower and hand over to Inductor,
+    layer by layer where layers repeat. Raises ConfigError for options that cannot be
+    used; a pass that fails is undone unless ``strict``.
     """
     parsed = parse_options({**(options or {}), **unknown}, mode)
-    report, original = _rewrite(gm, parsed)
+    report, original = rewrite(gm, parsed)
     start = time.perf_counter()
     compiled, outlining = _compile(gm, example_inputs, parsed)
     report.seconds["compile"] = time.perf_counter() - start
@@ -60,10 +60,15 @@ def graphopt(
     return compiled
 
 
-def _rewrite(
+def rewrite(
     gm: fx.GraphModule, options: BackendOptions
 ) -> tuple[CompileReport, fx.GraphModule | None]:
-    seconds = {}
+    """Run raise and the passes on ``gm``, in place.
+
+    Returns the report, and the graph as it was when numbers are to be compared and
+    something changed.
+    """
+    seconds: dict[str, float] = {}
     with _timed(seconds, "raise"):
         fold_float_attributes(gm)
         eliminate_dead_code(gm)
@@ -72,7 +77,9 @@ def _rewrite(
         before = graph_text(gm)
     original = fx.GraphModule(gm, _copy(gm.graph)) if _wants_numbers(options) else None
     with _timed(seconds, "passes"):
-        records = run_passes(gm, options.config.pipeline, _pipeline_options(gm, options))
+        records = run_passes(
+            gm, options.config.pipeline, _pipeline_options(gm, options)
+        )
     gm.recompile()
     config = options.config.text()
     report = CompileReport(kind, config, structure, records, seconds=seconds)
@@ -184,7 +191,7 @@ def _timed(seconds: dict[str, float], name: str) -> Any:
     seconds[name] = time.perf_counter() - start
 
 
-def compile(  # noqa: A001  (reads as graphopt.compile)
+def compile(
     model: torch.nn.Module,
     config: str | Path | Mapping[str, Any] | None = None,
     *,
@@ -201,10 +208,8 @@ def compile(  # noqa: A001  (reads as graphopt.compile)
     """
     given = {"config": config, **options}
     parse_options(given, mode)
-    backend_options = {"options": given} if mode is None else {"options": given}
-    model.compile(
-        backend=_with_mode(mode), dynamic=dynamic, fullgraph=fullgraph, **backend_options
-    )
+    backend = _with_mode(mode)
+    model.compile(backend=backend, dynamic=dynamic, fullgraph=fullgraph, options=given)
     return model
 
 
@@ -219,4 +224,4 @@ def _with_mode(mode: str | None) -> Any:
     return with_mode
 
 
-__all__ = ["PassRecord", "compile", "graphopt", "last_reports"]
+__all__ = ["PassRecord", "compile", "graphopt", "last_reports", "rewrite"]

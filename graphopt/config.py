@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -45,7 +46,9 @@ class PassConfig:
         return "\n".join(lines) + "\n"
 
 
-def load_config(source: PassConfig | str | Path | Mapping[str, Any] | None) -> PassConfig:
+def load_config(
+    source: PassConfig | str | Path | Mapping[str, Any] | None,
+) -> PassConfig:
     """Read a pipeline from a TOML path, a dictionary, one-line text, or None.
 
     None is the default pipeline and an empty text or list the empty one. Raises
@@ -89,12 +92,16 @@ def _build(data: Mapping[str, Any], origin: str, text: str) -> PassConfig:
             raise ConfigError(f"{_at(origin, text, key)}: unknown key '{key}'{hint}")
     entries = data.get("pass", None)
     if entries is not None and not _is_table_list(entries):
-        raise ConfigError(f"{_at(origin, text, 'pass')}: 'pass' is a list of tables, "
-                          "each begun by a line [[pass]]")
+        raise ConfigError(
+            f"{_at(origin, text, 'pass')}: 'pass' is a list of tables, "
+            "each begun by a line [[pass]]"
+        )
     use_defaults = data.get("defaults", True)
     if not isinstance(use_defaults, bool):
-        raise ConfigError(f"{_at(origin, text, 'defaults')}: 'defaults' is true or false, "
-                          f"not {use_defaults!r}")
+        raise ConfigError(
+            f"{_at(origin, text, 'defaults')}: 'defaults' is true or false, "
+            f"not {use_defaults!r}"
+        )
     passes = [_make(e, i, origin, text) for i, e in enumerate(entries or [])]
     if use_defaults and entries != []:
         named = {p.name for p in passes}
@@ -110,15 +117,18 @@ def _make(entry: Mapping[str, Any], index: int, origin: str, text: str) -> Pass:
     options = dict(entry)
     name = options.pop("name", None)
     if not isinstance(name, str):
-        raise ConfigError(f"{_at(origin, text, 'pass', index)}: pass {index + 1} has no "
-                          "name; write name = \"...\" under [[pass]]")
+        raise ConfigError(
+            f"{_at(origin, text, 'pass', index)}: pass {index + 1} has no "
+            'name; write name = "..." under [[pass]]'
+        )
     try:
         cls = pass_class(name)
     except ConfigError as error:
         raise ConfigError(f"{_at(origin, text, 'name', index)}: {error}") from None
     options = {key.replace("-", "_"): value for key, value in options.items()}
     try:
-        return _adapter(cls).validate_python(options)
+        # Strict validation takes a nested table for a dataclass only from JSON.
+        return _adapter(cls).validate_json(json.dumps(options, default=str))
     except ValidationError as error:
         raise ConfigError(_explain(error, cls, index, origin, text)) from None
 
@@ -173,6 +183,11 @@ def _toml(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + "}"
     if hasattr(value, "__dataclass_fields__"):
-        return _toml({k: getattr(value, k) for k in value.__dataclass_fields__
-                      if getattr(value, k) is not None})
+        return _toml(
+            {
+                k: getattr(value, k)
+                for k in value.__dataclass_fields__
+                if getattr(value, k) is not None
+            }
+        )
     return repr(value)

@@ -94,8 +94,11 @@ def _print(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(_print(v) for v in value) + "]"
     if hasattr(value, "__dataclass_fields__"):
-        value = {k: getattr(value, k) for k in value.__dataclass_fields__
-                 if getattr(value, k) is not None}
+        value = {
+            k: getattr(value, k)
+            for k in value.__dataclass_fields__
+            if getattr(value, k) is not None
+        }
     if isinstance(value, Mapping):
         return "{" + _print_options(value) + "}"
     return repr(value)

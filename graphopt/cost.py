@@ -13,14 +13,14 @@ from graphopt.codegen.predicates import predicate, visited_pairs
 BATCH, TOKENS = sympy.symbols("batch tokens", integer=True, positive=True)
 
 # Rate per visited FLOP over that of the device's dense causal kernel, rounded down from
-# benchmarks/attention.py, and the shortest prompt at which a launch is worth its set-up.
+# benchmarks/attention.py, and the shortest prompt that is worth a launch's set-up.
 _RELATIVE_RATE = {"cpu": 0.75, "cuda": 0.5}
 _SHORTEST = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """``flops`` of the two products and ``bytes`` of reading q, k, v and writing out."""
+    """``flops`` of both products, ``bytes`` of reading q, k, v and writing out."""
 
     flops: sympy.Expr
     bytes: sympy.Expr

@@ -32,8 +32,8 @@ def parse_options(
     """Check ``options`` and ``mode``.
 
     Keys: ``config`` (path, dict, one-line text or None), ``verify`` (off, structure,
-    numeric), ``report`` (directory), ``strict``, ``outline`` and ``inductor`` (a dict of
-    Inductor's own options). Raises ConfigError with the nearest right name.
+    numeric), ``report`` (directory), ``strict``, ``outline`` and ``inductor`` (a dict
+    of Inductor's own options). Raises ConfigError with the nearest right name.
     """
     given = dict(options or {})
     names = [f.name for f in fields(BackendOptions)]

@@ -38,7 +38,7 @@ class PipelineOptions:
 
     verify: str = "structure"
     strict: bool = False
-    context: PassContext = PassContext()
+    context: PassContext = field(default_factory=PassContext)
 
 
 def run_passes(

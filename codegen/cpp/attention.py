@@ -71,7 +71,9 @@ def _print_visible(interval: Any) -> str:
 
 @cache
 def _kernel(pattern: str) -> Any:
-    library = load_cpp(f"attention_{pattern.replace('-', '_')}", emit(pattern), _flags())
+    library = load_cpp(
+        f"attention_{pattern.replace('-', '_')}", emit(pattern), _flags()
+    )
     function = library.graphopt_attention
     function.restype = None
     function.argtypes = (ctypes.POINTER(_Arguments),)

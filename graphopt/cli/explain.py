@@ -29,6 +29,7 @@ def explain(
 
     Example: graphopt explain smollm2 -c examples/a-shape.toml -n 8192 --code
     """
+    from graphopt.cli.kernels import emit_kernels
     from graphopt.cli.trace import trace
     from graphopt.models import load
     from graphopt.options import parse_options
@@ -37,7 +38,8 @@ def explain(
     with progress(f"loading {model} and tracing it at {tokens} tokens"):
         loaded = load(model, dtype_of(dtype))
         traced = trace(loaded.model, config, tokens)
-    kernels = _emit(traced) if code else []
+    paths = emit_kernels(traced.specs, traced.device) if code else []
+    kernels = [str(path) for path in paths]
     if as_json:
         print_json(_as_dict(traced, tokens, kernels))
         return
@@ -45,25 +47,6 @@ def explain(
         _print_graph(traced, index, tokens)
     for path in kernels:
         stdout().print(f"kernel: {path}", soft_wrap=True)
-
-
-def _emit(traced: Traced) -> list[str]:
-    """Write the kernels of the rewritten sites' patterns, and return their paths."""
-    import torch
-
-    from graphopt.codegen.cache import write_source
-    from graphopt.codegen.cpp.attention import emit
-
-    if torch.cuda.is_available():
-        return _emit_triton(traced)
-    return [
-        str(write_source(f"attention_{p.replace('-', '_')}", ".cpp", emit(p)))
-        for p in sorted(traced.patterns)
-    ]
-
-
-def _emit_triton(traced: Traced) -> list[str]:
-    return []
 
 
 def _as_dict(traced: Traced, tokens: int, kernels: list[str]) -> dict[str, Any]:

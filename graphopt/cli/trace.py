@@ -14,8 +14,10 @@ import torch
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
 
-from graphopt.backend import _rewrite as rewrite
+from graphopt.backend import rewrite
+from graphopt.cli.kernels import kernel_spec
 from graphopt.cli.site_cost import site_figures
+from graphopt.codegen.triton.spec import AttentionSpec
 from graphopt.errors import GraphoptError, ModelError
 from graphopt.ir.attention import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
@@ -29,7 +31,8 @@ class Traced:
 
     reports: list[CompileReport] = field(default_factory=list)
     costs: list[list[dict[str, Any]]] = field(default_factory=list)
-    patterns: set[str] = field(default_factory=set)
+    specs: set[AttentionSpec] = field(default_factory=set)
+    device: str = "cpu"
 
 
 def trace(model: torch.nn.Module, config: str | None, tokens: int) -> Traced:
@@ -37,7 +40,7 @@ def trace(model: torch.nn.Module, config: str | None, tokens: int) -> Traced:
 
     Raises ConfigError for the config and ModelError when Dynamo cannot trace the model.
     """
-    found = Traced()
+    found = Traced(device="cuda" if torch.cuda.is_available() else "cpu")
     options = parse_options({"config": config})
     backend = _recorder(found, options, tokens)
     torch._dynamo.reset()
@@ -86,7 +89,7 @@ def _recorder(
         before = {s.index: s for s in ModelGraph(gm).attention}
         report, _ = rewrite(gm, options)
         after = {s.index: s for s in ModelGraph(gm).attention}
-        found.patterns |= {s.pattern for s in after.values() if s.form == "op"}
+        found.specs |= {kernel_spec(s) for s in after.values() if s.form == "op"}
         found.reports.append(report)
         found.costs.append(_costs(before, after, tokens))
         return gm.forward

@@ -18,11 +18,11 @@ from graphopt.ir.sizes import size_argument
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention: ``node`` is [B, Hq, Sq, Dv], ``key`` and ``value`` [B, Hkv, Skv, D].
+    """One attention: ``node`` [B, Hq, Sq, Dv], ``key`` and ``value`` [B, Hkv, Skv, D].
 
     ``form`` is how the model spells it: sdpa, eager, or op (already rewritten).
-    ``offset`` is the key position of query row 0; ``unsupported`` says why the
-    graphopt op could not compute exactly this, or is None.
+    ``offset`` is the key position of query row 0; ``hides_finitely`` as in `MaskForm`;
+    ``unsupported`` says why the graphopt op could not compute exactly this, or is None.
     """
 
     index: int
@@ -33,11 +33,12 @@ class AttentionSite:
     form: str
     pattern: str = "full"
     window: int = 0
-    offset: Any = sympy.Integer(0)
+    offset: Any = sympy.S.Zero
     key_mask: fx.Node | None = None
     mask: fx.Node | None = None
     scale: Any = None
     softcap: float = 0.0
+    hides_finitely: bool = False
     repeats_heads: bool = False
     unsupported: str | None = None
 
@@ -76,7 +77,7 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     """Return the attention sites of ``gm`` in graph order, numbered from 0."""
     from graphopt.ir.eager import match_eager
 
-    evaluator = Evaluator()
+    evaluator = Evaluator(gm.graph)
     sites: list[AttentionSite] = []
     for node in gm.graph.nodes:
         site = None
@@ -93,7 +94,9 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
 
 
 def _match_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | None:
-    query, key, value = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
+    query, key, value = (
+        argument(node, i, n) for i, n in enumerate(("query", "key", "value"))
+    )
     if any(len(shape_of(t) or ()) != 4 for t in (query, key, value)):
         return None
     if not all(isinstance((shape_of(t) or ())[1], int) for t in (query, key, value)):
@@ -125,6 +128,7 @@ def with_mask(
 
 def _with_form(site: AttentionSite, form: MaskForm) -> AttentionSite:
     site = replace(site, pattern=form.pattern, window=form.window, offset=form.offset)
+    site = replace(site, hides_finitely=form.finite)
     if form.key_mask is None:
         return site
     wanted = tuple(size_expr(s) for s in ((shape_of(site.query) or ())[0], site.kv_len))
@@ -162,7 +166,9 @@ def _before_repeat(node: fx.Node) -> fx.Node | None:
     if not isinstance(widened, fx.Node) or len(shape_of(expanded) or ()) != 5:
         return None
     source = widened.args[0]
-    if op_name(widened) not in ("getitem", "unsqueeze") or not isinstance(source, fx.Node):
+    if op_name(widened) not in ("getitem", "unsqueeze") or not isinstance(
+        source, fx.Node
+    ):
         return None
     return source if _is_repeat(source, widened, expanded, node) else None
 
@@ -214,8 +220,16 @@ def replace_site(
     graph = gm.graph
     with graph.inserting_before(site.node):
         offset = size_argument(graph, site.offset, [site.key, site.query])
-        args = (site.query, site.key, site.value, _key_mask(graph, site), pattern)
-        args += (list(sink), list(window), offset, _scale(site), site.softcap, min_tokens)
+        args: tuple[Any, ...] = (site.query, site.key, site.value)
+        args += (_key_mask(graph, site), pattern)
+        args += (
+            list(sink),
+            list(window),
+            offset,
+            _scale(site),
+            site.softcap,
+            min_tokens,
+        )
         node = graph.call_function(torch.ops.graphopt.attention.default, args)
     node.meta = {k: v for k, v in site.node.meta.items() if k != "example_value"}
     values = fx.map_arg(args, lambda n: n.meta["example_value"])
@@ -225,7 +239,9 @@ def replace_site(
     before = value_of(site.node)
     node.meta["example_value"] = result
     if result.dtype != before.dtype or result.shape != before.shape:
-        raise ValueError(f"{site.node.name}: {before.shape} would become {result.shape}")
+        raise ValueError(
+            f"{site.node.name}: {before.shape} would become {result.shape}"
+        )
     site.node.replace_all_uses_with(node)
     graph.erase_node(site.node)
     return node

@@ -9,6 +9,7 @@ attribute that changes leads to a new compilation and never to a stale result.
 from __future__ import annotations
 
 from torch import SymFloat, fx
+from torch.fx.node import Argument
 
 from graphopt._compat import placeholder_source
 
@@ -23,12 +24,17 @@ def fold_float_attributes(gm: fx.GraphModule) -> int:
         # float() of a SymFloat installs the guard that makes the literal sound.
         value = float(node.meta["example_value"])
         for user in list(node.users):
-            user.args = fx.map_arg(user.args, lambda n, o=node, v=value: v if n is o else n)
-            user.kwargs = fx.map_arg(
-                user.kwargs, lambda n, o=node, v=value: v if n is o else n
-            )
+            _substitute(user, node, value)
         gm.graph.erase_node(node)
     return len(found)
+
+
+def _substitute(user: fx.Node, old: fx.Node, value: float) -> None:
+    def swap(node: fx.Node) -> Argument:
+        return value if node is old else node
+
+    user.args = fx.map_arg(user.args, swap)
+    user.kwargs = fx.map_arg(user.kwargs, swap)
 
 
 def _is_float_attribute(node: fx.Node) -> bool:

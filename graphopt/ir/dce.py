@@ -1,7 +1,7 @@
 """Dead code elimination that keeps what acts by side effect.
 
-``graph.eliminate_dead_code()`` drops in-place methods without users from a Dynamo graph,
-and with them tensor-parallel all-reduces (`copy_` of a waited collective).
+``graph.eliminate_dead_code()`` drops in-place methods without users from a Dynamo
+graph, and with them tensor-parallel all-reduces (`copy_` of a waited collective).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ _EFFECTS = {"item", "tolist", "nonzero", "bernoulli", "normal", "multinomial", "
 _EFFECT_PARTS = (
     "set_grad_enabled", "autocast", "inference_mode", "assert", "_check", "manual_seed",
     "dropout", "rand_", "randn", "randint", "saved_tensors", "record_stream",
-    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "wait_tensor", "barrier",
+    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "wait_tensor",
+    "barrier",
 )  # fmt: skip
 # Calls that have no effect on the result and read as noise.
 _NOISE = ("_log_api_usage_once",)

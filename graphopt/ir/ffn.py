@@ -83,7 +83,9 @@ def _spelled_out(inner: fx.Node) -> fx.Node | None:
     """Find the one linear from which everything between comes, a tanh on the way."""
     if op_name(inner) != "mul":
         return None
-    pending, seen, sources, tanh = [inner], set(), set(), False
+    pending, tanh = [inner], False
+    seen: set[fx.Node] = set()
+    sources: set[fx.Node] = set()
     while pending and len(seen) < 24:
         node = pending.pop()
         if node in seen:
@@ -93,8 +95,16 @@ def _spelled_out(inner: fx.Node) -> fx.Node | None:
             sources.add(node)
             continue
         tanh |= op_name(node) in ("tanh", "erf", "sigmoid")
-        if op_name(node) not in ("mul", "add", "pow", "tanh", "erf", "sigmoid", "div",
-                                 *_SHAPING):
+        if op_name(node) not in (
+            "mul",
+            "add",
+            "pow",
+            "tanh",
+            "erf",
+            "sigmoid",
+            "div",
+            *_SHAPING,
+        ):
             return None
         pending += node.all_input_nodes
     return sources.pop() if tanh and len(sources) == 1 and not pending else None

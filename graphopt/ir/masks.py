@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from graphopt.ir.index_expr import Evaluator, J, Load, visible
+from graphopt.ir.index_expr import Evaluator
+from graphopt.ir.mask_values import (
+    BATCH,
+    KEY,
+    QUERY,
+    J,
+    Load,
+    UnknownOperatorError,
+    visible,
+)
 from graphopt.ir.match import shape_of, size_expr, value_of
-
-_KEY, _QUERY, _HEAD, _BATCH = J[0], J[1], J[2], J[3]
 
 
 @dataclass(frozen=True)
@@ -21,36 +28,46 @@ class MaskForm:
     when ``k <= r + offset`` (causal), ``k > r + offset - window``, and ``key_mask``.
 
     ``pattern`` is full, causal or sliding-window; ``key_mask`` a bool [B, Skv] node.
+    ``finite`` masks hide with a dtype's lowest number, not minus infinity: softmax of
+    a row without any visible key is then its mean value, not NaN or zero.
     """
 
     pattern: str
-    offset: Any = sympy.Integer(0)
+    offset: Any = sympy.S.Zero
     window: int = 0
     key_mask: fx.Node | None = None
+    finite: bool = False
 
 
 class UnknownMaskError(ValueError):
     """The mask is not one of the known forms; the message says why."""
 
 
-def read_mask(mask: fx.Node, evaluator: Evaluator | None = None) -> MaskForm:
+def read_mask(mask: fx.Node, evaluator: Evaluator) -> MaskForm:
     """Return the form of a bool or additive float mask [B|1, H|1, Sq, Skv].
 
     Raises UnknownMaskError for biases, masks that are data, and anything else that is
     not a conjunction of the known conditions.
     """
-    evaluator = evaluator or Evaluator()
     value = evaluator.tensor(mask)
     if value is None:
         raise UnknownMaskError("the mask is no tensor")
     try:
-        shown = visible(value)
-    except ValueError:
-        raise UnknownMaskError("an additive bias, not a mask") from None
+        shown, finite = visible(value.expr)
+    except UnknownOperatorError as error:
+        raise UnknownMaskError(f"{error}{_why(evaluator, value.expr)}") from None
     reader = _Reader(evaluator)
     for part in _conjuncts(shown):
         reader.take(part)
-    return reader.form()
+    return replace(reader.form(), finite=finite)
+
+
+def _why(evaluator: Evaluator, expr: Any) -> str:
+    """Say which operators of ``expr`` were not understood."""
+    places = {int(load.args[0]) for load in expr.atoms(Load)}
+    reasons = [evaluator.reasons[place] for place in sorted(places)]
+    known = [reason for reason in reasons if reason]
+    return f" ({_short('; '.join(known))})" if known else ""
 
 
 def _conjuncts(expr: Any) -> list[Any]:
@@ -89,8 +106,8 @@ class _Reader:
             slack -= 1
         if slack.has(Load):
             raise UnknownMaskError("positions are data")
-        along_key = sympy.diff(slack, _KEY)
-        rest = sympy.expand(slack - along_key * (_KEY - _QUERY))
+        along_key = sympy.diff(slack, KEY)
+        rest = sympy.expand(slack - along_key * (KEY - QUERY))
         if along_key not in (1, -1) or rest.free_symbols & set(J):
             raise UnknownMaskError(f"the condition {part}")
         if along_key == -1:  # rest - (k - r) >= 0
@@ -100,14 +117,16 @@ class _Reader:
 
     def _take_load(self, part: Any) -> None:
         if not isinstance(part, sympy.Ne) or not isinstance(part.lhs, Load):
-            raise UnknownMaskError(f"data in the condition {_short(part)}")
+            why = _why(self.evaluator, part)
+            raise UnknownMaskError(f"data in the condition {_short(part)}{why}")
         number, *indices = part.lhs.args
         node = self.evaluator.loads[int(number)]
         shape = shape_of(node) or ()
         one_row = len(indices) == 2 and size_expr(shape[0]) == 1
-        wanted = [sympy.Integer(0) if one_row else _BATCH, _KEY]
+        wanted = [sympy.Integer(0) if one_row else BATCH, KEY]
         if list(indices) != wanted:
-            raise UnknownMaskError(f"the mask is data ({node.name} at {indices})")
+            why = _why(self.evaluator, part)
+            raise UnknownMaskError(f"the mask is data: {node.name} at {indices}{why}")
         if value_of(node).dtype != torch.bool or self.key_mask is not None:
             raise UnknownMaskError("more than one key mask, or one that is not bool")
         self.key_mask = node
@@ -117,8 +136,9 @@ class _Reader:
         if not self.upper and not self.lower:
             return MaskForm("full", key_mask=self.key_mask)
         if len(set(self.upper)) != 1 or len(set(self.lower)) > 1:
-            raise UnknownMaskError("several causal or window conditions, or a window "
-                                   "without a causal one")
+            raise UnknownMaskError(
+                "several causal or window conditions, or a window without a causal one"
+            )
         offset = self.upper[0]
         if not self.lower:
             return MaskForm("causal", offset, key_mask=self.key_mask)

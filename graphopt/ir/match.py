@@ -13,75 +13,98 @@ _SYNONYMS = {
     "scaled_dot_product_attention": "sdpa",
     "truediv": "div",
     "true_divide": "div",
+    "divide": "div",
     "floordiv": "floor_divide",
     "logical_and": "and",
     "bitwise_and": "and",
     "logical_or": "or",
     "bitwise_or": "or",
+    "logical_xor": "xor",
+    "bitwise_xor": "xor",
     "logical_not": "invert",
     "bitwise_not": "invert",
     "inv": "invert",
+    "not_": "invert",
     "less_equal": "le",
     "less": "lt",
     "greater_equal": "ge",
     "greater": "gt",
+    "not_equal": "ne",
     "view": "reshape",
+    "view_as": "reshape",
     "_unsafe_view": "reshape",
     "type": "to",
     "_to_copy": "to",
     "permute_copy": "permute",
     "swapaxes": "transpose",
+    "swapdims": "transpose",
     "concat": "cat",
     "concatenate": "cat",
     "broadcast_to": "expand",
-    "softmax_": "softmax",
     "_softmax": "softmax",
+    "_safe_softmax": "softmax",
     "subtract": "sub",
     "multiply": "mul",
+    "negative": "neg",
+    "absolute": "abs",
     "bmm": "matmul",
+    "mm": "matmul",
     "sym_size": "size",
+    "scalar_tensor": "tensor",
+    "native_dropout": "dropout",
+    "feature_dropout": "dropout",
 }
-_MUTATING = {"setitem", "copy_", "index_put_", "iadd", "imul", "isub", "iand", "ior"}
+_IN_PLACE_OPERATORS = {
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift", "iconcat", "setitem", "delitem"),
+}
 
 
 def op_name(node: fx.Node) -> str:
-    """Return the canonical short name of what ``node`` computes."""
+    """Return the canonical short name of what ``node`` computes.
+
+    ``a @ b``, ``torch.bmm`` and ``aten.matmul`` are all ``matmul``; operators of other
+    libraries keep their namespace, as in ``graphopt.attention``.
+    """
     if node.op not in ("call_function", "call_method"):
         return node.op
-    name = _raw_name(node)
+    name = raw_name(node)
     return _SYNONYMS.get(name, name)
 
 
-def _raw_name(node: fx.Node) -> str:
+def raw_name(node: fx.Node) -> str:
+    """Return the name of a call as it is spelt, without its module."""
     target: Any = node.target
     if isinstance(target, str):
         return target.strip("_") if target.startswith("__") else target
     if isinstance(target, torch._ops.OpOverload):
-        packet = target._schema.name
-        return packet.removeprefix("aten::").replace("::", ".")
+        return _qualified(target._schema.name)
     if isinstance(target, torch._ops.OpOverloadPacket):
-        return str(target._qualified_op_name).removeprefix("aten::").replace("::", ".")
+        return _qualified(str(target._qualified_op_name))
     name = str(getattr(target, "__name__", target))
     if getattr(target, "__module__", "") == "_operator":
         return name.strip("_")
     return name
 
 
+def _qualified(name: str) -> str:
+    return name.removeprefix("aten::").replace("::", ".")
+
+
 def is_mutating(node: fx.Node) -> bool:
     """Tell whether ``node`` writes to one of its inputs."""
+    if node.op not in ("call_function", "call_method"):
+        return False
     if isinstance(node.target, torch._ops.OpOverload):
         return bool(node.target._schema.is_mutable)
-    name = _raw_name(node)
-    if name in _MUTATING or node.kwargs.get("out") is not None:
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
         return True
-    if node.kwargs.get("inplace") is True:
-        return True
-    return name.endswith("_") and not name.startswith("_") and node.op != "placeholder"
-
-
-def is_mutated(node: fx.Node) -> bool:
-    """Tell whether some user writes to ``node`` in place."""
-    return any(is_mutating(u) and u.args and u.args[0] is node for u in node.users)
+    name = raw_name(node)
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name in _IN_PLACE_OPERATORS
+    if node.op == "call_method" and str(node.target).startswith("__i"):
+        return f"{name}" in _IN_PLACE_OPERATORS
+    return name.endswith("_") and not name.endswith("__")
 
 
 def value_of(node: Any) -> Any:
@@ -89,10 +112,15 @@ def value_of(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node
 
 
-def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
+def shape_of(node: Any) -> tuple[Any, ...] | None:
     """Return the sizes of a tensor node (ints and SymInts), or None."""
-    value = value_of(node)
+    value = value_of(node) if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def sizes_of(node: Any) -> tuple[Any, ...]:
+    """Return the sizes of a tensor node as sympy expressions; () when it is none."""
+    return tuple(size_expr(size) for size in shape_of(node) or ())
 
 
 def size_expr(value: Any) -> Any:
@@ -103,6 +131,11 @@ def size_expr(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int):
         return None
     return sympy.Integer(value)
+
+
+def same_size(left: Any, right: Any) -> bool:
+    """Tell whether two sizes (sympy expressions) are equal for every input."""
+    return bool(left == right or sympy.expand(left - right) == 0)
 
 
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:

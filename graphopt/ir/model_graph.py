@@ -98,7 +98,9 @@ class ModelGraph:
         ]
         for node in self.gm.graph.nodes:
             if op_name(node) == "softmax" and not _feeds(node, used):
-                rows.append((node.name, "not-raised", "a softmax in no known attention"))
+                rows.append(
+                    (node.name, "not-raised", "a softmax in no known attention")
+                )
         return rows
 
 

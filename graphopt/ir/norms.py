@@ -51,7 +51,11 @@ def _from_rsqrt(rsqrt: fx.Node) -> NormSite | None:
     if not isinstance(mean, fx.Node) or op_name(mean) != "mean":
         return None
     square = mean.args[0]
-    if not isinstance(square, fx.Node) or op_name(square) not in ("pow", "square", "mul"):
+    if not isinstance(square, fx.Node) or op_name(square) not in (
+        "pow",
+        "square",
+        "mul",
+    ):
         return None
     source = square.args[0]
     scaled = next((u for u in rsqrt.users if op_name(u) == "mul"), None)

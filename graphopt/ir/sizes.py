@@ -12,9 +12,7 @@ from torch import fx
 from graphopt.ir.match import size_expr, value_of
 
 
-def size_argument(
-    graph: fx.Graph, expr: Any, sources: list[fx.Node]
-) -> Any:
+def size_argument(graph: fx.Graph, expr: Any, sources: list[fx.Node]) -> Any:
     """Return ``expr`` as an argument: an int, or a node with that SymInt value.
 
     ``sources`` are tensors from whose shapes symbols may be read. New nodes go to the

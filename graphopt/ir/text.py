@@ -54,7 +54,9 @@ class _Printer:
         prefix = f"L{self._layer}." if self._layer >= 0 else ""
         self._names[node] = f"%{prefix}{name}{number or ''}"
         arguments = [self._argument(a) for a in node.args]
-        arguments += [f"{k}={self._argument(v)}" for k, v in sorted(node.kwargs.items())]
+        arguments += [
+            f"{k}={self._argument(v)}" for k, v in sorted(node.kwargs.items())
+        ]
         text = f"{self._names[node]} = {name}({', '.join(arguments)})"
         kind = self._type(value_of(node))
         return [(self._layer, text + (f" : {kind}" if kind else ""))]

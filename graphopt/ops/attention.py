@@ -3,9 +3,10 @@
 Shapes: query [B, Hq, Sq, D], key [B, Hkv, Skv, D], value [B, Hkv, Skv, Dv], result
 [B, Hq, Sq, Dv], contiguous. Query head h reads KV head ``h // (Hq // Hkv)``.
 ``key_mask`` [B, Skv] is true where a key is visible at all. ``sink`` and ``window``
-(tokens) hold one value for all query heads or one each. ``query_offset`` is the position
-of the first query on the key axis. ``scale`` None is ``1/sqrt(D)``; ``softcap`` c > 0
-turns a score s into ``c tanh(s/c)`` (Gemma 2). A row that sees no key gives zeros.
+(tokens) hold one value for all query heads or one each. ``query_offset`` is the
+position of the first query on the key axis. ``scale`` None is ``1/sqrt(D)``;
+``softcap`` c > 0 turns a score s into ``c tanh(s/c)`` (Gemma 2). A row that sees no key
+gives zeros.
 With fewer than ``min_tokens`` keys the pattern is causal, whatever its name: an
 approximate pass stays exact, and fast, on short prompts inside one compiled graph.
 """
@@ -185,12 +186,12 @@ def _backward_kernel(
     key_mask, pattern, sink, window, offset, scale, softcap, min_tokens = rest
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     pattern = _effective(pattern, key, min_tokens)
-    inputs = [t.detach().requires_grad_() for t in (query, key, value)]
+    q, k, v = (t.detach().requires_grad_() for t in (query, key, value))
     with torch.enable_grad():
         out = attention_reference(
-            *inputs, key_mask, pattern, sink, window, offset, scale, softcap
+            q, k, v, key_mask, pattern, sink, window, offset, scale, softcap
         )
-        grads = torch.autograd.grad(out, inputs, grad)
+        grads = torch.autograd.grad(out, (q, k, v), grad)
     return tuple(g.contiguous() for g in grads)
 
 

@@ -77,8 +77,13 @@ def _key(
         return repr(value)
 
     lines = [
-        (node.op, target_name(node), literal(node.args), literal(dict(node.kwargs)))
-        + (type_of(node.meta.get("example_value")),)
+        (
+            node.op,
+            target_name(node),
+            literal(node.args),
+            literal(dict(node.kwargs)),
+            type_of(node.meta.get("example_value")),
+        )
         for node in nodes
     ]
     kinds = [_input_type(node) for node in inputs]

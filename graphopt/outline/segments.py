@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import fx
@@ -81,7 +82,9 @@ def _anchors_by_weight(nodes: Sequence[fx.Node]) -> list[int]:
     for i, node in enumerate(nodes):
         if "linear" in target_name(node) and len(node.args) > 1:
             weight = node.args[1]
-            meta = weight.meta.get("example_value") if isinstance(weight, fx.Node) else 0
+            meta = (
+                weight.meta.get("example_value") if isinstance(weight, fx.Node) else 0
+            )
             groups[type_of(meta)].append(i)
     counts = Counter({key: len(value) for key, value in groups.items()})
     if not counts:
@@ -92,7 +95,7 @@ def _anchors_by_weight(nodes: Sequence[fx.Node]) -> list[int]:
 
 def _common_reach(signature: Sequence[str], anchors: Sequence[int], step: int) -> int:
     """Return how far from its anchor every layer has the same operators."""
-    shortest = min(b - a for a, b in zip(anchors, anchors[1:], strict=False))
+    shortest = min(b - a for a, b in pairwise(anchors))
     reach = 0
     while reach + 1 < shortest:
         at = [anchor + step * (reach + 1) for anchor in anchors]
@@ -109,7 +112,7 @@ def _last_end(
 ) -> int:
     """The last layer ends where it stops reading like one of those before it."""
     best = anchors[-1] + 1
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         length = 0
         while (
             start + length < end

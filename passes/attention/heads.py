@@ -25,7 +25,7 @@ class HeadRule:
     ``layers`` and ``heads`` are zero-based; left out, the row holds for all.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[misc]
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     layers: list[Index] | None = None
     heads: list[Index] | None = None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from typing_extensions import Self
 
 from graphopt import cost
 from graphopt.ir.attention import AttentionSite, replace_site
@@ -83,7 +82,9 @@ class SparseAttention(Pass):
     def _rows(self) -> list[tuple[str, str, int, int]]:
         base = HeadPattern(self.pattern, self.sink, self.window)
         rows = [("", base)]
-        rows += [(f"heads[{i}]: ", base.overridden(r)) for i, r in enumerate(self.heads)]
+        rows += [
+            (f"heads[{i}]: ", base.overridden(r)) for i, r in enumerate(self.heads)
+        ]
         return [(place, h.pattern, h.sink, h.window) for place, h in rows]
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
@@ -105,8 +106,11 @@ class SparseAttention(Pass):
             named += [("heads.layers", i, count) for i in rule.layers or []]
             named += [("heads.heads", i, heads) for i in rule.heads or []]
         return [
-            failure("out-of-range", f"option '{key}' names {i}; the model has {limit}, "
-                    f"so use 0 to {limit - 1}")
+            failure(
+                "out-of-range",
+                f"option '{key}' names {i}; the model has {limit}, "
+                f"so use 0 to {limit - 1}",
+            )
             for key, i, limit in named
             if i >= limit
         ]

@@ -38,11 +38,13 @@ class StructuredMask(Pass):
     - ``no-mask``: the model already passes a structured form (``is_causal``);
     - ``decode``: there is a single query row;
     - ``bidirectional``: nothing would be skipped;
+    - ``padding-rows``: padding is hidden with a finite number (eager attention), so
+      that a row of padding, which sees no key, is the mean of all values;
     - ``unsupported``: biases, sinks, dropout, or a mask that is data.
     """
 
     name: ClassVar[str] = "structured-mask"
-    source: ClassVar[str] = "lossless; kernel of FlashAttention-2 (Dao 2023) with bounds"
+    source: ClassVar[str] = "lossless; FlashAttention-2 (Dao 2023) with loop bounds"
     exact: ClassVar[bool] = True
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
@@ -69,9 +71,11 @@ def _refusal(site: AttentionSite) -> tuple[str, str] | None:
     if site.unsupported:
         return "unsupported", site.unsupported
     if statically_known_true(site.query_len == 1):
-        return "decode", "one query row reads every visible key; there is no mask to skip"
+        return "decode", "one query row reads every visible key; nothing to skip"
     if site.pattern == "full":
         return "bidirectional", "every key is visible to every query but for padding"
+    if site.hides_finitely and site.key_mask is not None:
+        return "padding-rows", "rows of padding average all values; the kernel gives 0"
     if site.mask is None and site.pattern != "sliding-window":
         return "no-mask", "the model passes is_causal and no mask"
     return None
