@@ -17,6 +17,7 @@ from graphopt import ops as _ops  # noqa: F401  registers graphopt::attention
 from graphopt.codegen.cache import cache_dir
 from graphopt.errors import KernelError, PassError
 from graphopt.ir.constants import fold_float_attributes
+from graphopt.ir.copying import copy_module
 from graphopt.ir.dce import eliminate_dead_code
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.structure import structure_rows
@@ -75,7 +76,7 @@ def rewrite(
         model = ModelGraph(gm)
         structure, kind = structure_rows(model), model.kind
         before = graph_text(gm)
-    original = fx.GraphModule(gm, _copy(gm.graph)) if _wants_numbers(options) else None
+    original = copy_module(gm) if _wants_numbers(options) else None
     with _timed(seconds, "passes"):
         records = run_passes(
             gm, options.config.pipeline, _pipeline_options(gm, options)
@@ -91,13 +92,6 @@ def rewrite(
 
 def _wants_numbers(options: BackendOptions) -> bool:
     return options.verify == "numeric"
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    copy.output(copy.graph_copy(graph, values))
-    return copy
 
 
 def _pipeline_options(gm: fx.GraphModule, options: BackendOptions) -> PipelineOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 
@@ -23,3 +24,9 @@ def coloured(diff: str) -> Any:
     for line in diff.splitlines():
         text.append(line + "\n", style=styles.get(line[:1], ""))
     return text
+
+
+def layer_text(text: str, layer: int) -> str:
+    """Keep the lines that define a layer's values or name its parameters."""
+    own = re.compile(rf"%L{layer}\.|input %.*\b(layers?|h|blocks?)\.{layer}\.")
+    return "".join(line for line in text.splitlines(True) if own.match(line))

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from graphopt.config_text import print_text
 from graphopt.errors import PassError
+from graphopt.ir.copying import copy_graph
 from graphopt.ir.dce import eliminate_dead_code
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.text import graph_text
@@ -63,7 +65,7 @@ def run_passes(
 def _run_one(
     gm: fx.GraphModule, item: Pass, options: PipelineOptions, before: str
 ) -> PassRecord:
-    saved = _copy(gm.graph)
+    saved = copy_graph(gm.graph)
     start = time.perf_counter()
     try:
         result = _edit(gm, item, options)
@@ -80,7 +82,7 @@ def _run_one(
         raise PassError(next(r.message for r in remarks if r.code == "expect"))
     return PassRecord(
         name=item.name,
-        text=repr(item),
+        text=print_text(item.name, item.options()),
         seconds=seconds,
         changed=result.changed,
         remarks=remarks,
@@ -98,14 +100,6 @@ def _edit(gm: fx.GraphModule, item: Pass, options: PipelineOptions) -> PassResul
         if options.verify != "off":
             check_structure(gm, outputs, known)
     return result
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph(graph.owning_module)
-    values: dict[fx.Node, fx.Node] = {}
-    copy.output(copy.graph_copy(graph, values))
-    copy._codegen = graph._codegen
-    return copy
 
 
 def _failed(error: Exception) -> PassResult:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -62,17 +61,12 @@ def diff(
 
 def _diff(report: CompileReport, record: PassRecord, layer: int | None) -> str:
     """Return what a pass changed, in the whole graph or in one layer of it."""
-    from graphopt.diff import unified_diff
+    from graphopt.diff import layer_text, unified_diff
 
     if layer is None:
         return unified_diff(record.before, record.after)
     count = len(report.structure)
     if layer >= count:
         raise ConfigError(f"--layer {layer}: the graph has {count} layers, from 0")
-    return unified_diff(_of_layer(record.before, layer), _of_layer(record.after, layer))
+    return unified_diff(layer_text(record.before, layer), layer_text(record.after, layer))
 
-
-def _of_layer(text: str, layer: int) -> str:
-    """Keep the lines that define the layer's values or read its parameters' inputs."""
-    own = re.compile(rf"%L{layer}\.|input %.*\b(layers?|h|blocks?)\.{layer}\.")
-    return "".join(line for line in text.splitlines(True) if own.match(line))

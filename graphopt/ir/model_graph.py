@@ -51,6 +51,8 @@ class ModelGraph:
     @cached_property
     def layers(self) -> list[Layer]:
         """Return the layers: each attention with the FFNs and norms nearest to it."""
+        if not self.attention:
+            return []
         order = {node: i for i, node in enumerate(self.gm.graph.nodes)}
         starts = [order[site.node] for site in self.attention]
         ends = [*starts[1:], len(order)]
@@ -88,10 +90,9 @@ class ModelGraph:
 
     def missed(self) -> list[tuple[str, str, str]]:
         """Return (site, code, reason) of what raise could not recognise."""
-        if not self.attention:
-            return [("graph", "no-attention", "the graph holds no attention")]
         used = {site.node for site in self.attention}
-        rows = [
+        rows = [] if used else [("graph", "no-attention", "no attention was found")]
+        rows += [
             (f"attention[{s.index}]", "unsupported", s.unsupported)
             for s in self.attention
             if s.unsupported

@@ -1,0 +1,65 @@
+"""Golden graph diffs of every pass on many architectures, refusals included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.models import CAUSAL, TINY, WINDOW, padding_mask, token_ids
+
+A_SHAPE = "sparse-attention{sink=4,window=8,force=true}"
+LOSSLESS = "structured-mask"
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_sparse_attention(graph_diff, name):
+    inputs = {"input_ids": token_ids(1, 32), "use_cache": True}
+    graph_diff(TINY[name](), A_SHAPE, f"sparse-attention-{name}", layer=1, **inputs)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_structured_mask(graph_diff, name):
+    inputs = {
+        "input_ids": token_ids(2, 24),
+        "attention_mask": padding_mask([24, 17], 24),
+        "use_cache": False,
+    }
+    graph_diff(TINY[name](), LOSSLESS, f"structured-mask-{name}", layer=1, **inputs)
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_encoders_are_left_alone(graph_diff, name):
+    inputs = {"input_ids": token_ids(1, 16)}
+    if name == "vit":
+        inputs = {"pixel_values": torch.rand(1, 3, 32, 32)}
+    text = graph_diff(TINY[name](), A_SHAPE, f"sparse-attention-{name}", **inputs)
+    assert "[not-causal]" in text
+    assert "graphopt.attention(" not in text
+
+
+def test_short_prompts_stay_dense(graph_diff):
+    inputs = {"input_ids": token_ids(1, 2 * WINDOW)}
+    config = "sparse-attention{sink=4,window=8}"
+    model = TINY["llama"]()
+    text = graph_diff(model, config, "too-short", dynamic=False, **inputs)
+    assert "[too-short]" in text
+    assert "graphopt.attention(" not in text
+
+
+def test_a_missing_golden_file_fails(pytester):
+    pytester.makepyfile(
+        """
+        from tests.models import TINY, token_ids
+        def test_one(graph_diff):
+            inputs = {"input_ids": token_ids(1, 8)}
+            graph_diff(TINY["llama"](), "structured-mask", "one", **inputs)
+        """
+    )
+    missing = pytester.runpytest_inprocess()
+    missing.assert_outcomes(failed=1)
+    missing.stdout.fnmatch_lines(["*no golden file*"])
+    pytester.runpytest_inprocess("--update-graphs").assert_outcomes(passed=1)
+    pytester.runpytest_inprocess().assert_outcomes(passed=1)
+    golden = pytester.path / "golden" / "one.diff"
+    golden.write_text(golden.read_text().replace("missed", "lost"))
+    pytester.runpytest_inprocess().assert_outcomes(failed=1)
