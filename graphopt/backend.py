@@ -13,7 +13,6 @@ import torch
 from torch import fx
 
 from graphopt import _compat
-from graphopt import ops as _ops  # noqa: F401  registers graphopt::attention
 from graphopt.codegen.cache import cache_dir
 from graphopt.errors import KernelError, PassError
 from graphopt.ir.constants import fold_float_attributes

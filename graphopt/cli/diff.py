@@ -68,5 +68,6 @@ def _diff(report: CompileReport, record: PassRecord, layer: int | None) -> str:
     count = len(report.structure)
     if layer >= count:
         raise ConfigError(f"--layer {layer}: the graph has {count} layers, from 0")
-    return unified_diff(layer_text(record.before, layer), layer_text(record.after, layer))
-
+    return unified_diff(
+        layer_text(record.before, layer), layer_text(record.after, layer)
+    )

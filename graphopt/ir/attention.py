@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 
+from graphopt import ops as _ops  # noqa: F401  registers graphopt::attention
 from graphopt.ir.index_expr import Evaluator
 from graphopt.ir.masks import MaskForm, UnknownMaskError, read_mask
 from graphopt.ir.match import argument, float_of, op_name, shape_of, size_expr, value_of

@@ -10,6 +10,7 @@ from torch import fx
 from graphopt.ir.match import op_name, shape_of
 
 ACTIVATIONS = ("silu", "gelu", "relu", "tanh", "sigmoid", "quick_gelu", "mish", "relu6")
+_FORMULA = ("mul", "add", "pow", "tanh", "erf", "sigmoid", "div")
 _SHAPING = ("to", "float", "contiguous", "reshape", "dropout", "clone", "getitem")
 
 
@@ -40,11 +41,25 @@ def find_ffn(gm: fx.GraphModule) -> list[FfnSite]:
 
 
 def is_linear(node: fx.Node) -> bool:
-    """Tell whether ``node`` multiplies by a parameter (linear, or addmm of Conv1D)."""
+    """Tell whether ``node`` multiplies by a parameter.
+
+    Spelt as linear, as addmm (Conv1D) or as a product with a transposed weight.
+    """
     name = op_name(node)
-    if name == "linear":
-        return True
-    return name == "addmm" and len(node.args) == 3
+    if name == "matmul":
+        return _is_weight(node.args[1])
+    return name == "linear" or (name == "addmm" and len(node.args) == 3)
+
+
+def _is_weight(value: Any) -> bool:
+    while isinstance(value, fx.Node) and op_name(value) in (
+        "getattr",
+        "t",
+        "transpose",
+    ):
+        value = value.args[0]
+    is_input = isinstance(value, fx.Node) and value.op in ("placeholder", "get_attr")
+    return is_input and len(shape_of(value) or ()) == 2
 
 
 def _ending_in(down: fx.Node) -> FfnSite | None:
@@ -95,18 +110,10 @@ def _spelled_out(inner: fx.Node) -> fx.Node | None:
             sources.add(node)
             continue
         tanh |= op_name(node) in ("tanh", "erf", "sigmoid")
-        if op_name(node) not in (
-            "mul",
-            "add",
-            "pow",
-            "tanh",
-            "erf",
-            "sigmoid",
-            "div",
-            *_SHAPING,
-        ):
+        if op_name(node) not in (*_FORMULA, *_SHAPING):
             return None
-        pending += node.all_input_nodes
+        # Sizes and scalars lead elsewhere.
+        pending += [n for n in node.all_input_nodes if shape_of(n) is not None]
     return sources.pop() if tanh and len(sources) == 1 and not pending else None
 
 

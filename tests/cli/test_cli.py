@@ -1,0 +1,117 @@
+"""The command line, called as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.models import TINY
+
+CONFIG = "sparse-attention{sink=4,window=8,force=true}"
+
+
+def graphopt(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "graphopt", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    TINY["llama"]().save_pretrained(folder)
+    return folder
+
+
+def facts(*arguments: str | Path):
+    result = graphopt(*arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_help_has_an_example():
+    assert graphopt("--help").returncode == 0
+    for command in ("run", "explain", "diff", "passes", "doctor", "bench"):
+        assert "Example" in graphopt(command, "--help").stdout
+
+
+def test_passes():
+    listed = {row["name"] for row in facts("passes")}
+    assert listed == {"structured-mask", "sparse-attention"}
+    text = graphopt("passes", "sparse-attention").stdout
+    for part in ("MInference", "window", "1024", "tokens", "Refuses when"):
+        assert part in text
+
+
+def test_explain(llama):
+    found = facts("explain", llama, "-c", CONFIG, "-n", "64")
+    graph = found["graphs"][0]
+    assert graph["kind"] == "prefill"
+    codes = [r["code"] for r in graph["remarks"] if r["pass_name"]]
+    assert codes == ["rewritten"] * 2
+
+
+def test_explain_code_emits_kernels(llama):
+    kernels = facts("explain", llama, "-c", CONFIG, "-n", "64", "--code")["kernels"]
+    assert kernels
+    assert all(Path(path).exists() for path in kernels)
+
+
+def test_diff(llama):
+    text = graphopt("diff", llama, "-c", CONFIG, "--layer", "1").stdout
+    assert "+%L1.graphopt.attention" in text
+    assert "L0.graphopt" not in text
+    assert facts("diff", llama, "-c", CONFIG)[0]["pass"] == "sparse-attention"
+
+
+def test_doctor():
+    result = graphopt("doctor")
+    assert result.returncode == 0, result.stdout
+    assert "torch" in result.stdout
+
+
+def test_doctor_without_a_cache(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRAPHOPT_CACHE_DIR", str(tmp_path / "file" / "x"))
+    result = graphopt("doctor")
+    assert result.returncode == 1
+    assert "GRAPHOPT_CACHE_DIR" in result.stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "smolm2"], "smollm2"),
+        (["explain", "./nowhere"], "no such model directory"),
+        (["explain", "smollm2", "-c", "sparse-atention"], "sparse-attention"),
+        (["explain", "smollm2", "-c", "none.toml"], "cannot read"),
+        (["passes", "sparse"], "sparse-attention"),
+        (["bench", "atention"], "attention"),
+    ],
+)
+def test_mistakes_are_one_message(arguments, message):
+    result = graphopt(*arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert message in result.stderr.replace("\n", " ")
+
+
+def test_a_cut_off_gguf(tmp_path):
+    file = tmp_path / "half.gguf"
+    file.write_bytes(b"GGUF" + bytes(100))
+    result = graphopt("explain", file)
+    assert result.returncode == 2
+    assert "cut off or damaged" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_nan_in_weights(tmp_path):
+    model = TINY["llama"]()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    model.save_pretrained(tmp_path)
+    result = graphopt("explain", tmp_path)
+    assert result.returncode == 2
+    assert "layers.1.mlp.up_proj.weight" in result.stderr.replace("\n", "")

@@ -1,0 +1,167 @@
+"""torch.compile(backend="graphopt") end to end, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import graphopt
+from graphopt.backend import last_reports
+from graphopt.errors import ConfigError
+from tests.models import TINY, padding_mask, token_ids
+
+A_SHAPE = "sparse-attention{sink=4,window=8,force=true}"
+
+
+def compiled(model, config=None, **options):
+    given = {"config": config, **options}
+    return torch.compile(model, backend="graphopt", dynamic=True, options=given)
+
+
+@torch.no_grad()
+def test_the_backend_is_found_by_name_and_gives_the_same():
+    model = TINY["llama"]()
+    ids = token_ids(2, 40)
+    expected = model(ids, use_cache=False).logits
+    actual = compiled(model)(ids, use_cache=False).logits
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+    assert last_reports()[-1].kind == "prefill"
+
+
+@torch.no_grad()
+def test_an_empty_pipeline_is_inductor_bit_for_bit():
+    """GPT-2's floats are literals in both; a norm's epsilon that Inductor gets as an
+    input and graphopt as a literal may differ in the last bit."""
+    model = TINY["gpt2"]()
+    ids = token_ids(1, 40)
+    expected = torch.compile(model, dynamic=True)(ids, use_cache=False).logits
+    torch._dynamo.reset()
+    actual = compiled(model, "")(ids, use_cache=False).logits
+    assert torch.equal(actual, expected)
+
+
+@torch.no_grad()
+def test_sparse_attention_computes_its_mask():
+    """The oracle: the unmodified model under an explicit a-shape mask."""
+    model = TINY["llama"]()
+    ids = token_ids(1, 60)
+    q, k = torch.arange(60)[:, None], torch.arange(60)[None]
+    mask = (k <= q) & ((k < 4) | (q - k < 8))
+    expected = model(ids, attention_mask=mask[None, None], use_cache=False).logits
+    fast = compiled(model, A_SHAPE)
+    actual = fast(ids, use_cache=False).logits
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+    dense = model(ids, use_cache=False).logits
+    assert (actual - dense).abs().max() > 1e-3
+    # The same compiled graph serves another length; short prompts are dense.
+    short = token_ids(1, 8, seed=1)
+    before = len(last_reports())
+    torch.testing.assert_close(
+        fast(short, use_cache=False).logits,
+        model(short, use_cache=False).logits,
+        atol=2e-5,
+        rtol=1e-4,
+    )
+    assert len(last_reports()) == before
+
+
+@torch.no_grad()
+def test_generate_through_a_compiled_model():
+    model = TINY["qwen2"]()
+    ids, mask = token_ids(2, 20), padding_mask([20, 12], 20)
+    wanted = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **wanted, pad_token_id=0)
+    fast = graphopt.compile(model)
+    assert fast is model
+    assert torch.equal(fast.generate(ids, **wanted, pad_token_id=0), expected)
+    assert {r.kind for r in last_reports()} >= {"prefill"}
+
+
+def test_training_through_an_exact_pipeline():
+    model = TINY["llama"]()
+    ids = token_ids(2, 24)
+    mask = padding_mask([24, 15], 24, "right")
+
+    def gradients(function):
+        model.zero_grad()
+        logits = function(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits[mask.bool()].square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    expected = gradients(model)
+    actual = gradients(compiled(model, "structured-mask"))
+    assert any(r.code == "rewritten" for r in last_reports()[-1].all_remarks())
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, atol=1e-6, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_the_report(tmp_path):
+    compiled(TINY["llama"](), A_SHAPE, report=str(tmp_path))(token_ids(1, 30))
+    report = last_reports()[-1]
+    text = json.loads((report.directory / "report.json").read_text())
+    assert report.directory.parent == tmp_path
+    assert text["config"] == A_SHAPE.replace("{sink", "{force=true,sink").replace(
+        ",force=true}", "}"
+    )
+    assert [r["code"] for r in text["remarks"] if r["pass_name"]] == ["rewritten"] * 2
+    assert (
+        "graphopt.attention"
+        in (report.directory / "00-sparse-attention.diff").read_text()
+    )
+
+
+@torch.no_grad()
+def test_numeric_verification():
+    model = TINY["llama"]()
+    compiled(model, "structured-mask", verify="numeric")(
+        token_ids(2, 20), attention_mask=padding_mask([20, 9], 20), use_cache=False
+    )
+    found = [r for r in last_reports()[-1].all_remarks() if r.code == "numeric"]
+    assert [r.kind for r in found] == ["analysis"]
+    assert found[0].figures["worst"] < 1e-4
+
+
+def test_a_function_without_attention_runs():
+    function = torch.compile(lambda x: x.sin() + 1, backend="graphopt")
+    x = torch.randn(5)
+    torch.testing.assert_close(function(x), x.sin() + 1)
+    assert last_reports()[-1].kind == "unknown"
+
+
+def test_bad_options_say_so_at_once():
+    with pytest.raises(ConfigError, match="did you mean 'config'"):
+        graphopt.compile(TINY["llama"](), confg="x")
+
+
+PROGRAM = """
+import sys, torch
+from torch._dynamo.utils import counters
+from graphopt.backend import last_reports
+from tests.models import TINY, token_ids
+model = TINY["llama"]()
+config = {"config": "sparse-attention{sink=4,window=8,force=true}"}
+fast = torch.compile(model, backend="graphopt", dynamic=True, options=config)
+with torch.no_grad():
+    print(fast(token_ids(1, 40), use_cache=False).logits.double().sum().item())
+print(len(last_reports()[-1].all_remarks()))
+hits = counters["inductor"]["fxgraph_cache_hit"]
+hits += counters["aot_autograd"]["autograd_cache_hit"]
+print(hits > 0)
+"""
+
+
+def test_warm_start_in_a_second_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert runs[0][:2] == runs[1][:2]
+    assert [run[2] for run in runs] == ["False", "True"]

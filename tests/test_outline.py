@@ -1,0 +1,95 @@
+"""Layers compiled once and called many times, without a changed bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+
+from graphopt.backend import last_reports
+from tests.models import token_ids
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+
+
+def llama():
+    torch.manual_seed(0)
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)).eval()
+
+
+def gemma3():
+    torch.manual_seed(0)
+    kinds = ["sliding_attention"] * 2 + ["full_attention"]
+    sizes = {**SIZES, "head_dim": 16, "sliding_window": 8, "layer_types": kinds * 2}
+    return tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**sizes)).eval()
+
+
+@torch.no_grad()
+def logits(model, outline, ids, **inputs):
+    torch._dynamo.reset()
+    options = {"outline": outline, "config": ""}
+    fast = torch.compile(model, backend="graphopt", dynamic=True, options=options)
+    return fast(ids, **inputs)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_bit_identical(cached):
+    model, ids = llama(), token_ids(2, 21)
+    whole = logits(model, False, ids, use_cache=cached)
+    parts = logits(model, True, ids, use_cache=cached)
+    assert torch.equal(whole.logits, parts.logits)
+    remark = next(r for r in last_reports()[-1].remarks if r.site == "layers")
+    assert remark.kind == "applied"
+    assert remark.figures["kinds"] < remark.figures["layers"] == 6
+    if cached:
+        for layer in range(6):
+            assert torch.equal(
+                whole.past_key_values.layers[layer].keys,
+                parts.past_key_values.layers[layer].keys,
+            )
+
+
+def test_layers_of_two_masks():
+    model, ids = gemma3(), token_ids(1, 21)
+    whole = logits(model, False, ids, use_cache=False).logits
+    parts = logits(model, True, ids, use_cache=False).logits
+    # Norms stand on both sides of a cut; how they are fused moves the last bit.
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
+    remark = next(r for r in last_reports()[-1].remarks if r.site == "layers")
+    # Sliding and full layers run the same operators, each on its own mask.
+    assert remark.figures == {"layers": 6, "kinds": 1}
+
+
+def test_layers_that_differ_are_left_whole():
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x):
+            for part in self.parts:
+                x = part(x).relu()
+            return x
+
+    model, x = Odd(), torch.randn(3, 8)
+    torch.testing.assert_close(torch.compile(model, backend="graphopt")(x), model(x))
+    remark = next(r for r in last_reports()[-1].remarks if r.site == "layers")
+    assert (remark.kind, remark.code) == ("missed", "not-outlined")
+
+
+def test_gradients_flow_through_the_pieces():
+    model, ids = llama(), token_ids(1, 12)
+    model(ids, use_cache=False).logits.square().mean().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    fast = torch.compile(model, backend="graphopt", dynamic=True)
+    fast(ids, use_cache=False).logits.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-3)

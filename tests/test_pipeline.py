@@ -1,0 +1,155 @@
+"""The pipeline: undo, strict mode, verification, expectations, remarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from graphopt.config import load_config
+from graphopt.errors import PassError
+from graphopt.ir.match import op_name
+from graphopt.ir.text import graph_text
+from graphopt.passes.base import Pass, PassResult
+from graphopt.pipeline import PipelineOptions, run_passes
+from tests.models import CAUSAL, TINY, capture, padding_mask, token_ids
+
+EXACT = "sparse-attention{sink=0,window=4096,force=true}"
+A_SHAPE = "sparse-attention{sink=4,window=8,force=true}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raises(Pass):
+    name: ClassVar[str] = "raises"
+
+    def run(self, model, context):
+        graph = model.gm.graph
+        graph.erase_node(next(n for n in reversed(graph.nodes) if not n.users).prev)
+        raise RuntimeError("half-way")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lies(Pass):
+    """Inserts a node whose claimed shape is not the one it computes."""
+
+    name: ClassVar[str] = "lies"
+
+    def run(self, model, context):
+        site = model.attention[0]
+        with model.gm.graph.inserting_after(site.node):
+            wrong = model.gm.graph.call_function(torch.neg, (site.key,))
+        wrong.meta["example_value"] = site.node.meta["example_value"]
+        site.node.replace_all_uses_with(wrong)
+        return PassResult(True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing(Pass):
+    name: ClassVar[str] = "nothing"
+
+    def run(self, model, context):
+        return PassResult(False)
+
+
+def llama(**inputs):
+    return capture(TINY["llama"](), input_ids=token_ids(1, 20), **inputs)[0]
+
+
+@pytest.mark.parametrize("broken", [Raises, Lies])
+def test_a_broken_pass_is_undone(broken):
+    gm = llama()
+    before = graph_text(gm)
+    record = run_passes(gm, [broken()])[0]
+    assert graph_text(gm) == before
+    assert not record.changed
+    assert [(r.kind, r.code) for r in record.remarks] == [("failure", "undone")]
+    gm.recompile()
+    gm(*gm.meta["arguments"])
+
+
+@pytest.mark.parametrize("broken", [Raises, Lies])
+def test_strict_raises_and_leaves_the_graph(broken):
+    gm = llama()
+    before = graph_text(gm)
+    with pytest.raises(PassError, match=broken.name):
+        run_passes(gm, [broken()], PipelineOptions(strict=True))
+    assert graph_text(gm) == before
+
+
+def test_no_match_is_reported():
+    record = run_passes(llama(), [Nothing()])[0]
+    assert [r.code for r in record.remarks] == ["no-sites"]
+
+
+@pytest.mark.parametrize(("expect", "failures"), [(2, 0), (3, 1)])
+def test_expect(expect, failures):
+    passes = load_config(A_SHAPE[:-1] + f",expect={expect}}}").pipeline
+    record = run_passes(llama(), passes)[0]
+    assert sum(r.code == "expect" for r in record.remarks) == failures
+    if failures:
+        with pytest.raises(PassError, match="expected 3 rewritten sites, got 2"):
+            run_passes(llama(), passes, PipelineOptions(strict=True))
+
+
+def test_layers_out_of_range():
+    config = load_config("sparse-attention{layers=[0, 7]}")
+    remarks = run_passes(llama(), config.pipeline)[0].remarks
+    assert [r.code for r in remarks] == ["out-of-range"]
+    assert "names 7; the model has 2" in remarks[0].message
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("config", [A_SHAPE, "structured-mask"])
+def test_idempotent(name, config):
+    mask = padding_mask([20, 13], 20)
+    inputs = {"input_ids": token_ids(2, 20), "attention_mask": mask}
+    gm = capture(TINY[name](), **inputs, use_cache=False)[0]
+    passes = load_config(config).pipeline
+    run_passes(gm, passes)
+    once = graph_text(gm)
+    run_passes(gm, passes)
+    assert graph_text(gm) == once
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt", "mixtral"])
+def test_the_exact_setting_is_bit_for_bit(name):
+    gm = capture(TINY[name](), input_ids=token_ids(1, 50), use_cache=True)[0]
+    with torch.no_grad():
+        expected = gm(*gm.meta["arguments"])
+        record = run_passes(gm, load_config(EXACT).pipeline)[0]
+        gm.recompile()
+        actual = gm(*gm.meta["arguments"])
+    assert record.changed
+    for one, other in zip(expected, actual, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_lossless_on_padded_batches(name, side, cached):
+    mask = padding_mask([24, 13, 1], 24, side)
+    inputs = {"input_ids": token_ids(3, 24), "attention_mask": mask}
+    gm = capture(TINY[name](), **inputs, use_cache=cached)[0]
+    with torch.no_grad():
+        expected = gm(*gm.meta["arguments"])
+        run_passes(gm, load_config(None).pipeline, PipelineOptions(strict=True))
+        gm.recompile()
+        actual = gm(*gm.meta["arguments"])
+    for one, other in zip(expected, actual, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-4)
+
+
+def test_a_heads_table():
+    rule = "heads=[{heads=[1, 3], pattern=dense}, {layers=[1], sink=8}]"
+    gm = llama()
+    text = f"sparse-attention{{sink=4,window=8,force=true,{rule}}}"
+    run_passes(gm, load_config(text).pipeline)
+    nodes = [n for n in gm.graph.nodes if op_name(n) == "graphopt.attention"]
+    dense = 2**31 - 1
+    assert [n.args[5:7] for n in nodes] == [
+        ([4, 0, 4, 0], [8, dense, 8, dense]),
+        ([8, 0, 8, 0], [8, dense, 8, dense]),
+    ]
