@@ -1,0 +1,155 @@
+"""What does a whole model gain on a long prompt?
+
+SmolLM2 on real text: graphopt's a-shape, its empty pipeline and its lossless default
+against dense Inductor and eager. Inductor gets its best setting, ``dynamic=True,
+use_cache=True, logits_to_keep=1``, except in the rows ``no-cache``, where both sides run
+with ``use_cache=False``. ``gemma`` is Gemma-3-270M's shapes with random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.harness import compare, keep, plot
+from graphopt.agreement import agreement
+from graphopt.memory import peak_mb, reset_peak
+from graphopt.models import load
+from graphopt.texts import language_reference
+
+A_SHAPE = "sparse-attention{pattern=a-shape,sink=128,window=1024}"
+LENGTHS = (1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: graphopt's ``config`` against Inductor, both with ``use_cache`` or not."""
+
+    name: str
+    config: str | None
+    use_cache: bool = True
+    eager: bool = False
+
+
+CACHED = (Case("a-shape", A_SHAPE, eager=True), Case("empty", ""))
+LOSSLESS = Case("no-cache", None, use_cache=False)
+
+
+def main(quick: bool = False) -> dict[str, Any]:
+    """Measure every case; see the module for what is compared."""
+    lengths = (256, 1024) if quick else LENGTHS
+    rows: list[dict[str, Any]] = []
+    model, ids = _smollm2(max(lengths))
+    for tokens in lengths:
+        rows += _rows(model, ids[:, :tokens], CACHED, runs=1 if tokens > 4096 else 3)
+    longest = ids[:, : max(lengths)]
+    rows += _rows(model, longest, (LOSSLESS,), runs=1)
+    del model
+    gemma = _gemma()
+    tokens = ids[:, : max(lengths)].clamp_max(gemma.config.vocab_size - 1)
+    rows += _rows(gemma, tokens, (Case("gemma", None, use_cache=False),), runs=1)
+    if not quick:
+        plot("prefill", partial(_draw, rows=rows))
+    return keep("prefill", rows, _summary(rows, max(lengths)), quick=quick)
+
+
+def _smollm2(tokens: int) -> tuple[Any, torch.Tensor]:
+    loaded = load("smollm2")
+    ids = loaded.tokenizer(language_reference()[: 8 * tokens], return_tensors="pt")
+    return loaded.model, ids.input_ids[:, :tokens]
+
+
+def _gemma() -> Any:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    sizes = {
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "sliding_window": 512,
+        "vocab_size": 49152,
+    }
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    config = Gemma3TextConfig(**sizes, layer_types=kinds * 3)
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(config).eval()
+
+
+def _rows(
+    model: Any, ids: torch.Tensor, cases: tuple[Case, ...], runs: int
+) -> list[dict[str, Any]]:
+    """Compare the cases with one Inductor and one eager side, turn by turn."""
+    use_cache = cases[0].use_cache
+    run = partial(_prefill, ids=ids, use_cache=use_cache)
+    inductor = torch.compile(model, dynamic=True)
+    sides: dict[str, Callable[[], Any]] = {"inductor": lambda: run(inductor)}
+    for case in cases:
+        options = {"config": case.config}
+        fast = torch.compile(model, backend="graphopt", dynamic=True, options=options)
+        sides[case.name] = partial(run, fast)
+    if any(case.eager for case in cases):
+        sides["eager"] = lambda: run(model)
+    torch._dynamo.reset()
+    logits, peaks = {}, {}
+    for name, side in sides.items():  # the first call compiles
+        side()
+        reset_peak()
+        logits[name] = side()
+        peaks[name] = peak_mb()
+    found = compare(sides, runs, warm=0)
+    return [
+        {
+            "tokens": ids.shape[1],
+            "config": case.name,
+            "seconds": round(found[case.name].best, 3),
+            "inductor_seconds": round(found["inductor"].best, 3),
+            "eager_seconds": round(found["eager"].best, 3) if case.eager else None,
+            "speedup": round(found["inductor"].best / found[case.name].best, 3),
+            **agreement(logits["inductor"], logits[case.name]),
+            "peak_mb": round(peaks[case.name]),
+            "inductor_peak_mb": round(peaks["inductor"]),
+            "utilisation": round(min(s.utilisation for s in found.values()), 3),
+        }
+        for case in cases
+    ]
+
+
+@torch.no_grad()
+def _prefill(model: Any, ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    output = model(ids, use_cache=use_cache, logits_to_keep=1)
+    return output.logits[0, -1:]
+
+
+def _summary(rows: list[dict[str, Any]], longest: int) -> dict[str, Any]:
+    by = {(r["config"], r["tokens"]): r["speedup"] for r in rows}
+    return {
+        f"speedup_{longest}": by["a-shape", longest],
+        "worst_speedup": min(v for (c, _), v in by.items() if c == "a-shape"),
+        "empty_pipeline_worst": min(v for (c, _), v in by.items() if c == "empty"),
+        f"no_cache_speedup_{longest}": by["no-cache", longest],
+        f"gemma_speedup_{longest}": by["gemma", longest],
+    }
+
+
+def _draw(axes: Any, rows: list[dict[str, Any]]) -> None:
+    for name in ("a-shape", "empty"):
+        own = [r for r in rows if r["config"] == name]
+        lengths, speedups = [r["tokens"] for r in own], [r["speedup"] for r in own]
+        axes.plot(lengths, speedups, marker="o", label=f"graphopt, {name}")
+    own = [r for r in rows if r["config"] == "a-shape"]
+    eager = [r["inductor_seconds"] / r["eager_seconds"] for r in own]
+    axes.plot([r["tokens"] for r in own], eager, "k--", label="eager")
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set(xscale="log", xlabel="prompt tokens", ylabel="speedup over dense Inductor")
+    axes.legend()
+
+
+if __name__ == "__main__":
+    print(main()["summary"])
