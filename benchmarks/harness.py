@@ -35,7 +35,7 @@ class Seconds:
 
 
 def wait_for_quiet(limit: float = 120.0) -> None:
-    """Return when other work takes under a tenth of the machine, or after ``limit`` s."""
+    """Return when other work takes under a tenth of the machine, or at the limit."""
     end = time.monotonic() + limit
     while psutil.cpu_percent(interval=1.0) > 10.0 and time.monotonic() < end:
         continue

@@ -2,8 +2,8 @@
 
 SmolLM2 on real text: graphopt's a-shape, its empty pipeline and its lossless default
 against dense Inductor and eager. Inductor gets its best setting, ``dynamic=True,
-use_cache=True, logits_to_keep=1``, except in the rows ``no-cache``, where both sides run
-with ``use_cache=False``. ``gemma`` is Gemma-3-270M's shapes with random weights.
+use_cache=True, logits_to_keep=1``, except in the rows ``no-cache`` and ``gemma``, where
+both sides run with ``use_cache=False``. ``gemma`` is Gemma-3-270M's shapes with random weights.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Case:
 
 CACHED = (Case("a-shape", A_SHAPE, eager=True), Case("empty", ""))
 LOSSLESS = Case("no-cache", None, use_cache=False)
+GEMMA = Case("gemma", None, use_cache=False)
 
 
 def main(quick: bool = False) -> dict[str, Any]:
@@ -44,14 +45,9 @@ def main(quick: bool = False) -> dict[str, Any]:
     lengths = (256, 1024) if quick else LENGTHS
     rows: list[dict[str, Any]] = []
     model, ids = _smollm2(max(lengths))
-    for tokens in lengths:
-        rows += _rows(model, ids[:, :tokens], CACHED, runs=1 if tokens > 4096 else 3)
-    longest = ids[:, : max(lengths)]
-    rows += _rows(model, longest, (LOSSLESS,), runs=1)
-    del model
-    gemma = _gemma()
-    tokens = ids[:, : max(lengths)].clamp_max(gemma.config.vocab_size - 1)
-    rows += _rows(gemma, tokens, (Case("gemma", None, use_cache=False),), runs=1)
+    rows += _rows(model, ids, lengths, CACHED)
+    rows += _rows(model, ids, lengths[-1:], (LOSSLESS,))
+    rows += _rows(_gemma(), ids, lengths[-1:], (GEMMA,))
     if not quick:
         plot("prefill", partial(_draw, rows=rows))
     return keep("prefill", rows, _summary(rows, max(lengths)), quick=quick)
@@ -83,27 +79,37 @@ def _gemma() -> Any:
 
 
 def _rows(
-    model: Any, ids: torch.Tensor, cases: tuple[Case, ...], runs: int
+    model: Any, ids: torch.Tensor, lengths: tuple[int, ...], cases: tuple[Case, ...]
 ) -> list[dict[str, Any]]:
-    """Compare the cases with one Inductor and one eager side, turn by turn."""
-    use_cache = cases[0].use_cache
-    run = partial(_prefill, ids=ids, use_cache=use_cache)
-    inductor = torch.compile(model, dynamic=True)
-    sides: dict[str, Callable[[], Any]] = {"inductor": lambda: run(inductor)}
+    """Compare the cases with one Inductor and one eager side at every length."""
+    torch._dynamo.reset()
+    models = {"inductor": torch.compile(model, dynamic=True)}
     for case in cases:
         options = {"config": case.config}
-        fast = torch.compile(model, backend="graphopt", dynamic=True, options=options)
-        sides[case.name] = partial(run, fast)
+        models[case.name] = torch.compile(
+            model, backend="graphopt", dynamic=True, options=options
+        )
     if any(case.eager for case in cases):
-        sides["eager"] = lambda: run(model)
-    torch._dynamo.reset()
+        models["eager"] = model
+    return [
+        row for tokens in lengths for row in _at_length(models, ids[:, :tokens], cases)
+    ]
+
+
+def _at_length(
+    models: dict[str, Any], ids: torch.Tensor, cases: tuple[Case, ...]
+) -> list[dict[str, Any]]:
+    sides: dict[str, Callable[[], Any]] = {
+        name: partial(_prefill, model, ids, cases[0].use_cache)
+        for name, model in models.items()
+    }
     logits, peaks = {}, {}
     for name, side in sides.items():  # the first call compiles
         side()
         reset_peak()
         logits[name] = side()
         peaks[name] = peak_mb()
-    found = compare(sides, runs, warm=0)
+    found = compare(sides, runs=2 if ids.shape[1] > 4096 else 3, warm=0)
     return [
         {
             "tokens": ids.shape[1],
