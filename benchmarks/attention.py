@@ -25,7 +25,7 @@ PATTERNS = ("a-shape", "streaming", "sliding-window")
 
 
 def main(quick: bool = False) -> dict[str, Any]:
-    """Measure each length and pattern; the summary is that of a-shape at the longest."""
+    """Measure each length and pattern; the summary is that of a-shape."""
     lengths = (2048,) if quick else (2048, 4096, 8192, 16384)
     rows = [
         _row(pattern, tokens, runs=1 if quick else 3)

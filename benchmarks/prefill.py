@@ -2,8 +2,8 @@
 
 SmolLM2 on real text: graphopt's a-shape, its empty pipeline and its lossless default
 against dense Inductor and eager. Inductor gets its best setting, ``dynamic=True,
-use_cache=True, logits_to_keep=1``, except in the rows ``no-cache`` and ``gemma``, where
-both sides run with ``use_cache=False``. ``gemma`` is Gemma-3-270M's shapes with random weights.
+use_cache=True, logits_to_keep=1``; the rows ``no-cache`` and ``gemma`` run both sides
+with ``use_cache=False``. ``gemma`` is Gemma-3-270M's shapes with random weights.
 """
 
 from __future__ import annotations

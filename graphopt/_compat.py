@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -90,3 +91,37 @@ def torch_version() -> tuple[int, int]:
     """Return torch's major and minor version."""
     major, minor = torch.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def warn_about_generate(backend: Callable[..., Any]) -> None:
+    """Warn when ``generate`` is taken from ``torch.compile(model, backend=backend)``.
+
+    The wrapper hands out the original module's method, which runs the uncompiled
+    forward without a word; nothing of the backend is called, so its class is the only
+    place to notice.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    original = OptimizedModule.__getattr__
+
+    def watched(self: Any, name: str) -> Any:
+        if name == "generate" and _compiles_with(self.dynamo_ctx, backend):
+            warnings.warn(_GENERATE, stacklevel=2)
+        return original(self, name)
+
+    OptimizedModule.__getattr__ = watched  # type: ignore[method-assign]
+
+
+_GENERATE = (
+    "graphopt: torch.compile(model).generate runs the uncompiled model. Use "
+    "graphopt.compile(model, ...) or model.compile(backend='graphopt'), then "
+    "model.generate(...)"
+)
+
+
+def _compiles_with(context: Any, backend: Callable[..., Any]) -> bool:
+    """Unwrap Dynamo's callbacks down to the backend that torch.compile was given."""
+    found = getattr(context, "callback", None)
+    while inner := getattr(found, "_torchdynamo_orig_backend", None):
+        found = inner
+    return getattr(found, "compiler_fn", found) is backend

@@ -218,3 +218,5 @@ def _with_mode(mode: str | None) -> Any:
 
 
 __all__ = ["PassRecord", "compile", "graphopt", "last_reports", "rewrite"]
+
+_compat.warn_about_generate(graphopt)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -98,3 +98,25 @@ def _default(item: Field[Any]) -> str:
     if value is None:
         return "left out"
     return print_text("", {"x": value}).removeprefix("{x=").removesuffix("}")
+
+
+def reference(classes: Iterable[type[Pass]]) -> str:
+    """Return the pass-config reference as Markdown (docs/passes.md)."""
+    parts = ["# Passes and their options", _GENERATED]
+    for cls in classes:
+        described = describe_pass(cls)
+        exact = "exact up to rounding" if described.exact else "approximate"
+        parts += [f"## {described.name}", f"Source: {described.source}. {exact}."]
+        parts += [described.text, _table(described.options)]
+    return "\n\n".join(parts) + "\n"
+
+
+_GENERATED = "Written by `graphopt passes --markdown` from the code; do not edit."
+
+
+def _table(options: Iterable[OptionHelp]) -> str:
+    rows = ["| option | type | default | unit | meaning |", "|---|---|---|---|---|"]
+    for o in options:
+        kind = o.type.replace("|", "\\|")
+        rows.append(f"| `{o.name}` | {kind} | {o.default} | {o.unit} | {o.help} |")
+    return "\n".join(rows)

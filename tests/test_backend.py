@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import transformers as tf
 
 import graphopt
 from graphopt.backend import last_reports
@@ -165,3 +166,46 @@ def test_warm_start_in_a_second_process(tmp_path, monkeypatch):
     ]
     assert runs[0][:2] == runs[1][:2]
     assert [run[2] for run in runs] == ["False", "True"]
+
+
+@torch.no_grad()
+def test_generate_of_the_wrapper_warns():
+    model, ids = TINY["llama"](), token_ids(1, 8)
+    fast = torch.compile(model, backend="graphopt")
+    with pytest.warns(UserWarning, match="runs the uncompiled model"):
+        fast.generate(ids, max_new_tokens=1, pad_token_id=0)
+
+
+@torch.no_grad()
+def test_generate_of_others_does_not_warn(recwarn):
+    model, ids = TINY["llama"](), token_ids(1, 8)
+    model.compile(backend="graphopt")
+    model.generate(ids, max_new_tokens=2, pad_token_id=0)
+    torch.compile(TINY["llama"](), backend="eager").generate(
+        ids, max_new_tokens=1, pad_token_id=0
+    )
+    assert not [w for w in recwarn if "graphopt" in str(w.message)]
+
+
+@torch.no_grad()
+def test_transformers_compile_config():
+    """A static cache makes ``generate`` compile its decode step by itself."""
+    model, ids = TINY["llama"](), token_ids(1, 12)
+    wanted = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **wanted)
+    before = len(last_reports())
+    config = tf.CompileConfig(backend="graphopt", mode=None, fullgraph=False)
+    config._compile_all_devices = True
+    actual = model.generate(
+        ids, **wanted, cache_implementation="static", compile_config=config
+    )
+    assert torch.equal(actual, expected)
+    assert len(last_reports()) > before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+def test_modes(mode):
+    function = torch.compile(lambda x: x @ x + 1, backend="graphopt", mode=mode)
+    x = torch.randn(8, 8)
+    torch.testing.assert_close(function(x), x @ x + 1)

@@ -17,15 +17,21 @@ def passes(
         str | None, typer.Argument(help="A pass; all of them when left out.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the written reference.")
+    ] = False,
 ) -> None:
     """List the passes, or describe one: options, types, defaults, units, source.
 
     Example: graphopt passes sparse-attention
     """
-    from graphopt.pass_help import describe_pass
+    from graphopt.pass_help import describe_pass, reference
     from graphopt.registry import pass_class, pass_names
 
     names = pass_names() if name is None else (name,)
+    if markdown:
+        typer.echo(reference(map(pass_class, names)), nl=False)
+        return
     found = [describe_pass(pass_class(n)) for n in names]
     if as_json:
         print_json([f.as_dict() for f in found] if name is None else found[0].as_dict())
