@@ -8,6 +8,8 @@ with ``use_cache=False``. ``gemma`` is Gemma-3-270M's shapes with random weights
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -91,9 +93,13 @@ def _rows(
         )
     if any(case.eager for case in cases):
         models["eager"] = model
-    return [
-        row for tokens in lengths for row in _at_length(models, ids[:, :tokens], cases)
-    ]
+    rows: list[dict[str, Any]] = []
+    for tokens in lengths:
+        found = _at_length(models, ids[:, :tokens], cases)
+        for row in found:  # a full run takes half an hour: show what is known
+            print(json.dumps(row), file=sys.stderr, flush=True)
+        rows += found
+    return rows
 
 
 def _at_length(
