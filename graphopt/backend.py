@@ -94,8 +94,21 @@ def _wants_numbers(options: BackendOptions) -> bool:
 
 
 def _pipeline_options(gm: fx.GraphModule, options: BackendOptions) -> PipelineOptions:
-    context = PassContext(device=_device(gm))
-    return PipelineOptions(options.verify, options.strict, context)
+    folder = _report_folder(options)
+    return PipelineOptions(
+        verify=options.verify,
+        strict=options.strict,
+        reproducers=folder / "reproducers" if folder else None,
+        context=PassContext(device=_device(gm)),
+    )
+
+
+def _report_folder(options: BackendOptions) -> Path | None:
+    """Return where reports go, or None where no cache directory can be had."""
+    try:
+        return options.report or cache_dir() / "reports"
+    except KernelError:
+        return None
 
 
 def _device(gm: fx.GraphModule) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import fx
 
@@ -17,6 +19,7 @@ from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.text import graph_text
 from graphopt.passes.base import Pass, PassContext, PassResult
 from graphopt.remarks import Remark, failure, missed
+from graphopt.reproducer import write_reproducer
 from graphopt.verify import check_structure, signature
 
 
@@ -36,10 +39,14 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """How to run: ``verify`` is off, structure or numeric; ``strict`` raises."""
+    """How to run: ``verify`` is off, structure or numeric; ``strict`` raises.
+
+    ``reproducers`` is the folder for the files that repeat a failure; None writes none.
+    """
 
     verify: str = "structure"
     strict: bool = False
+    reproducers: Path | None = None
     context: PassContext = field(default_factory=PassContext)
 
 
@@ -71,15 +78,17 @@ def _run_one(
         result = _edit(gm, item, options)
     except Exception as error:
         gm.graph = saved
+        repeat = _reproduce(gm.graph, item, options, before, error)
         if options.strict:
-            raise PassError(f"pass {item.name} failed: {error}") from error
-        result = _failed(error)
+            raise PassError(f"pass {item.name} failed: {error}{repeat}") from error
+        result = _failed(error, repeat)
     seconds = time.perf_counter() - start
     remarks = _complete(item, result)
     after = graph_text(gm) if result.changed else before
-    if options.strict and any(r.code == "expect" for r in remarks):
+    failed = next((r for r in remarks if r.kind == "failure"), None)
+    if options.strict and failed is not None:
         gm.graph = saved
-        raise PassError(next(r.message for r in remarks if r.code == "expect"))
+        raise PassError(str(failed))
     return PassRecord(
         name=item.name,
         text=print_text(item.name, item.options()),
@@ -102,10 +111,30 @@ def _edit(gm: fx.GraphModule, item: Pass, options: PipelineOptions) -> PassResul
     return result
 
 
-def _failed(error: Exception) -> PassResult:
+def _failed(error: Exception, repeat: str) -> PassResult:
+    return PassResult(False, (failure("undone", _describe(error) + repeat),))
+
+
+def _describe(error: Exception) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    text = f"{type(error).__name__}: {error} (at {where.name}, line {where.lineno})"
-    return PassResult(False, (failure("undone", text),))
+    return f"{type(error).__name__}: {error} (at {where.name}, line {where.lineno})"
+
+
+def _reproduce(
+    graph: fx.Graph, item: Pass, options: PipelineOptions, before: str, error: Exception
+) -> str:
+    """Write the file that repeats the failure; return the end of a message."""
+    if options.reproducers is None:
+        return ""
+    text = print_text(item.name, item.options())
+    name = f"{item.name}-{hashlib.sha256((before + text).encode()).hexdigest()[:12]}"
+    try:
+        path = write_reproducer(
+            options.reproducers, name, graph, text, _describe(error)
+        )
+    except (OSError, ValueError) as reason:
+        return f"; no reproducer: {reason}"
+    return f"; to repeat it: python {path}"
 
 
 def _complete(item: Pass, result: PassResult) -> tuple[Remark, ...]:
@@ -115,6 +144,6 @@ def _complete(item: Pass, result: PassResult) -> tuple[Remark, ...]:
     if not remarks:
         remarks.append(missed("graph", "no-sites", "the graph has no site for it"))
     if item.expect is not None and count != item.expect:
-        message = f"{item.name}: expected {item.expect} rewritten sites, got {count}"
+        message = f"expected {item.expect} rewritten sites, got {count}"
         remarks.append(failure("expect", message))
     return tuple(replace(r, pass_name=item.name) for r in remarks)

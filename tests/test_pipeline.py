@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +13,7 @@ import torch
 
 from graphopt.config import load_config
 from graphopt.errors import PassError
+from graphopt.ir.constants import fold_float_attributes
 from graphopt.ir.match import op_name
 from graphopt.ir.text import graph_text
 from graphopt.passes.base import Pass, PassResult
@@ -98,6 +102,8 @@ def test_layers_out_of_range():
     remarks = run_passes(llama(), config.pipeline)[0].remarks
     assert [r.code for r in remarks] == ["out-of-range"]
     assert "names 7; the model has 2" in remarks[0].message
+    with pytest.raises(PassError, match="names 7; the model has 2"):
+        run_passes(llama(), config.pipeline, PipelineOptions(strict=True))
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -153,3 +159,31 @@ def test_a_heads_table():
         ([4, 0, 4, 0], [8, dense, 8, dense]),
         ([8, 0, 8, 0], [8, dense, 8, dense]),
     ]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_reproducer_repeats_the_failure(tmp_path, dynamic):
+    gm = capture(
+        TINY["gpt2"](), dynamic=dynamic, input_ids=token_ids(1, 20), use_cache=True
+    )[0]
+    fold_float_attributes(gm)
+    passes = load_config("sparse-attention{layers=[0],window=8,force=true}").pipeline
+    broken = type("Broken", (type(passes[0]),), {"run": _fails})(
+        layers=[0], window=8, force=True
+    )
+    options = PipelineOptions(reproducers=tmp_path)
+    remark = run_passes(gm, [broken], options)[0].remarks[0]
+    path = next(tmp_path.glob("sparse-attention-*.py"))
+    assert str(path) in remark.message
+    # The released pass works on that graph, so that strict mode has nothing to raise.
+    run = [sys.executable, str(path)]
+    environment = {**os.environ, "GRAPHOPT_CACHE_DIR": str(tmp_path / "cache")}
+    assert subprocess.run(run, env=environment).returncode == 0
+    text = path.read_text().replace("layers=[0]", "layers=[7]")
+    path.write_text(text)
+    failed = subprocess.run(run, env=environment, capture_output=True, text=True)
+    assert "names 7; the model has 2" in failed.stderr
+
+
+def _fails(self, model, context):
+    raise RuntimeError("half-way")
