@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt.codegen.predicates import PATTERNS
+from graphopt.ops.recompute import register_backward
 from graphopt.ops.reference import attention_reference
 
 _SCHEMA = (
@@ -172,51 +173,20 @@ def _dense_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     return out.contiguous()
 
 
-# Opaque to AOTAutograd's tracing: torch.autograd.grad cannot run inside it.
-_library.define(
-    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
-    "Tensor? key_mask, str pattern, int[] sink, int[] window, SymInt query_offset, "
-    "float? scale, float softcap, SymInt min_tokens) -> (Tensor, Tensor, Tensor)"
-)
-
-
-def _backward_kernel(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
+def _reference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     key_mask, pattern, sink, window, offset, scale, softcap, min_tokens = rest
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     pattern = _effective(pattern, key, min_tokens)
-    q, k, v = (t.detach().requires_grad_() for t in (query, key, value))
-    with torch.enable_grad():
-        out = attention_reference(
-            q, k, v, key_mask, pattern, sink, window, offset, scale, softcap
-        )
-        grads = torch.autograd.grad(out, (q, k, v), grad)
-    return tuple(g.contiguous() for g in grads)
+    return attention_reference(
+        query, key, value, key_mask, pattern, sink, window, offset, scale, softcap
+    )
 
 
-_library.impl("attention_backward", _backward_kernel, "CPU")
-_library.impl("attention_backward", _backward_kernel, "CUDA")
-
-
-@torch.library.register_fake("graphopt::attention_backward", lib=_library)
-def _backward_fake(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (query, key, value))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.rest = inputs[4:]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Recompute through the reference; exact, and quadratic in memory like eager."""
-    grads = torch.ops.graphopt.attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return (*grads, *[None] * 8)
-
-
-torch.library.register_autograd(
-    "graphopt::attention", _backward, setup_context=_setup_context, lib=_library
+register_backward(
+    _library,
+    "attention",
+    "Tensor query, Tensor key, Tensor value, Tensor? key_mask, str pattern, "
+    "int[] sink, int[] window, SymInt query_offset, float? scale, float softcap, "
+    "SymInt min_tokens",
+    _reference,
 )

@@ -52,9 +52,28 @@ def attention_reference(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """Return attention with an explicit mask, at least in float32.
+    """Return attention over the keys of a static pattern, at least in float32.
 
     Shapes and arguments as `graphopt.ops.attention`; memory is [B, Hq, Sq, Skv].
+    """
+    mask = visible_keys(
+        pattern, sink, window, query.shape[2], key.shape[2], query_offset, query.device
+    )[None]
+    return masked_attention(query, key, value, key_mask, mask, scale, softcap)
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    mask: Tensor,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Return attention where ``mask`` [B or 1, Hq or 1, Sq, Skv] and key_mask are true.
+
+    At least in float32; rows without a key give zeros.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     group = query.shape[1] // key.shape[1]
@@ -63,9 +82,6 @@ def attention_reference(
     scores = q @ k.transpose(-1, -2) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    mask = visible_keys(
-        pattern, sink, window, q.shape[2], k.shape[2], query_offset, q.device
-    )[None]
     if key_mask is not None:
         mask = mask & key_mask[:, None, None, :]
     scores = scores.masked_fill(~mask, float("-inf"))
