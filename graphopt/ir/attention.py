@@ -13,7 +13,15 @@ from torch import fx
 from graphopt import ops as _ops  # noqa: F401  registers graphopt::attention
 from graphopt.ir.index_expr import Evaluator
 from graphopt.ir.masks import MaskForm, UnknownMaskError, read_mask
-from graphopt.ir.match import argument, float_of, op_name, shape_of, size_expr, value_of
+from graphopt.ir.match import (
+    float_of,
+    op_name,
+    same_size,
+    shape_of,
+    size_expr,
+    sizes_of,
+    value_of,
+)
 from graphopt.ir.sizes import size_argument
 
 
@@ -77,6 +85,7 @@ class AttentionSite:
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     """Return the attention sites of ``gm`` in graph order, numbered from 0."""
     from graphopt.ir.eager import match_eager
+    from graphopt.ir.fused import match_op, match_sdpa
 
     evaluator = Evaluator(gm.graph)
     sites: list[AttentionSite] = []
@@ -84,9 +93,9 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
         site = None
         name = op_name(node)
         if name == "sdpa":
-            site = _match_sdpa(node, evaluator)
+            site = match_sdpa(node, evaluator)
         elif name == "graphopt.attention":
-            site = _match_op(node)
+            site = match_op(node)
         elif name == "softmax":
             site = match_eager(node, evaluator)
         if site is not None:
@@ -94,23 +103,21 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     return sites
 
 
-def _match_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | None:
-    query, key, value = (
-        argument(node, i, n) for i, n in enumerate(("query", "key", "value"))
-    )
-    if any(len(shape_of(t) or ()) != 4 for t in (query, key, value)):
-        return None
-    if not all(isinstance((shape_of(t) or ())[1], int) for t in (query, key, value)):
-        return None
-    key, value, repeated = undo_repeats(query, key, value)
-    mask = argument(node, 3, "attn_mask")
-    site = AttentionSite(0, node, query, key, value, "sdpa", repeats_heads=repeated)
-    site = replace(site, mask=mask, scale=node.kwargs.get("scale"))
-    if float_of(argument(node, 4, "dropout_p", 0.0)) != 0.0:
-        return replace(site, unsupported="dropout")
-    if argument(node, 5, "is_causal", False):
-        return replace(site, pattern="causal")
-    return with_mask(site, mask, evaluator)
+def checked(site: AttentionSite) -> AttentionSite:
+    """Return ``site``, refused where its tensors only fit together by broadcasting."""
+    if site.unsupported:
+        return site
+    tensors = (site.query, site.key, site.value, site.node)
+    query, key, value, result = (sizes_of(t) for t in tensors)
+    # Both sides of: key, without head_dim; result; query, what the others have of it.
+    left = (*key[:3], *result, query[0], query[-1])
+    right = (*value[:3], *query[:3], value[-1], key[0], key[-1])
+    if not all(map(same_size, left, right)) or query[1] % key[1]:
+        return replace(site, unsupported=f"tensors of sizes {query}, {key}, {value}")
+    dtypes = {value_of(t).dtype for t in tensors}
+    if len(dtypes) > 1:
+        return replace(site, unsupported="query, key and value differ in dtype")
+    return site
 
 
 def with_mask(
@@ -137,72 +144,6 @@ def _with_form(site: AttentionSite, form: MaskForm) -> AttentionSite:
     if sizes[1] != wanted[1] or sizes[0] not in (wanted[0], 1):
         return replace(site, unsupported=f"a key mask of sizes {sizes}")
     return replace(site, key_mask=form.key_mask)
-
-
-def undo_repeats(
-    query: fx.Node, key: fx.Node, value: fx.Node
-) -> tuple[fx.Node, fx.Node, bool]:
-    """Return key and value before their heads were repeated for grouped queries."""
-    plain_key, plain_value = _before_repeat(key), _before_repeat(value)
-    if plain_key is None or plain_value is None:
-        return key, value, False
-    if (shape_of(plain_key) or ())[1] != (shape_of(plain_value) or ())[1]:
-        return key, value, False
-    return plain_key, plain_value, True
-
-
-def _before_repeat(node: fx.Node) -> fx.Node | None:
-    """Match reshape(expand(x[:, :, None], [B, H, G, S, D]), [B, H*G, S, D]) or
-    repeat_interleave(x, G, dim=1); head h then reads KV head h // G."""
-    if op_name(node) == "repeat_interleave":
-        source = node.args[0]
-        on_heads = argument(node, 2, "dim") in (1, -3)
-        return source if on_heads and isinstance(source, fx.Node) else None
-    if op_name(node) not in ("reshape", "flatten"):
-        return None
-    expanded = node.args[0]
-    if not isinstance(expanded, fx.Node) or op_name(expanded) != "expand":
-        return None
-    widened = expanded.args[0]
-    if not isinstance(widened, fx.Node) or len(shape_of(expanded) or ()) != 5:
-        return None
-    source = widened.args[0]
-    if op_name(widened) not in ("getitem", "unsqueeze") or not isinstance(
-        source, fx.Node
-    ):
-        return None
-    return source if _is_repeat(source, widened, expanded, node) else None
-
-
-def _is_repeat(
-    source: fx.Node, widened: fx.Node, expanded: fx.Node, result: fx.Node
-) -> bool:
-    s, w, e, r = (
-        [size_expr(x) for x in shape_of(n) or ()]
-        for n in (source, widened, expanded, result)
-    )
-    if len(s) != 4 or len(r) != 4:
-        return False
-    return (
-        w == [s[0], s[1], 1, s[2], s[3]]
-        and e == [s[0], s[1], e[2], s[2], s[3]]
-        and r == [s[0], s[1] * e[2], s[2], s[3]]
-    )
-
-
-def _match_op(node: fx.Node) -> AttentionSite:
-    names = ("query", "key", "value", "key_mask", "pattern", "sink", "window")
-    query, key, value, key_mask, pattern, _, window = (
-        argument(node, i, name) for i, name in enumerate(names)
-    )
-    offset = size_expr(argument(node, 7, "query_offset"))
-    site = AttentionSite(0, node, query, key, value, "op", pattern, max(window), offset)
-    return replace(
-        site,
-        key_mask=key_mask,
-        scale=argument(node, 8, "scale"),
-        softcap=float_of(argument(node, 9, "softcap", 0.0)) or 0.0,
-    )
 
 
 def replace_site(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from graphopt.ir.match import is_mutating, op_name
+from graphopt.ir.match import argument, float_of, is_mutating, op_name
 
 # Calls whose only result is their effect: on global or random state, or a check.
 _EFFECTS = {"item", "tolist", "nonzero", "bernoulli", "normal", "multinomial", "print"}
@@ -27,8 +27,16 @@ def has_effect(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output", "call_module"):
         return True
     name = op_name(node)
+    if name == "dropout" and not drops(node):
+        return is_mutating(node)
     known = name in _EFFECTS or any(part in name for part in _EFFECT_PARTS)
     return known or is_mutating(node)
+
+
+def drops(dropout: fx.Node) -> bool:
+    """Tell whether a dropout node acts: in training, with a probability over 0."""
+    probability = float_of(argument(dropout, 1, "p", 0.5))
+    return bool(argument(dropout, 2, "training", True)) and probability != 0.0
 
 
 def eliminate_dead_code(gm: fx.GraphModule) -> int:

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import fx
 
-from graphopt.ir.attention import AttentionSite, undo_repeats, with_mask
+from graphopt.ir.attention import AttentionSite, checked, with_mask
+from graphopt.ir.dce import drops
 from graphopt.ir.index_expr import Evaluator
 from graphopt.ir.match import argument, float_of, op_name, shape_of, value_of
+from graphopt.ir.repeats import undo_repeats
 
 _CASTS = ("to", "float", "contiguous", "type_as")
 
@@ -22,25 +24,25 @@ def match_eager(softmax: fx.Node, evaluator: Evaluator) -> AttentionSite | None:
     """
     if argument(softmax, 1, "dim") not in (-1, 3) or len(shape_of(softmax) or ()) != 4:
         return None
-    product, dropped = _weighted_values(softmax)
+    weights = _Weights()
     scores = _skip_casts(softmax.args[0])
-    if product is None or scores is None:
+    if scores is None or not weights.read(softmax):
         return None
     found = _Scores()
-    if not found.read(scores):
+    # A slice of the weights takes the column of the sinks away again, or is unknown.
+    if not found.read(scores) or (weights.sliced and not found.sinks):
         return None
-    return _site(softmax, product, found, dropped, evaluator)
+    return _site(weights, found, evaluator)
 
 
 def _site(
-    softmax: fx.Node,
-    product: fx.Node,
-    found: _Scores,
-    dropped: bool,
-    evaluator: Evaluator,
+    weights: _Weights, found: _Scores, evaluator: Evaluator
 ) -> AttentionSite | None:
     assert found.query is not None and found.key is not None
-    value: Any = product.args[1]
+    assert weights.product is not None
+    product, value = weights.product, weights.product.args[1]
+    if not isinstance(value, fx.Node):
+        return None
     key, value, repeated = undo_repeats(found.query, found.key, value)
     shapes = [shape_of(t) or () for t in (found.query, key, value)]
     if any(len(s) != 4 or not isinstance(s[1], int) for s in shapes):
@@ -51,9 +53,16 @@ def _site(
     )
     if found.sinks:
         return replace(site, mask=found.mask, unsupported="attention sinks")
-    if dropped:
+    if weights.dropped:
         return replace(site, unsupported="dropout")
-    return with_mask(site, found.mask, evaluator)
+    return _without_nan(checked(with_mask(site, found.mask, evaluator)))
+
+
+def _without_nan(site: AttentionSite) -> AttentionSite:
+    """Softmax of a row of minus infinities is NaN, where the op gives zeros."""
+    if site.key_mask is None or site.hides_finitely:
+        return site
+    return replace(site, unsupported="rows that see no key become NaN")
 
 
 class _Scores:
@@ -135,33 +144,49 @@ class _Scores:
 
 def _is_shift(node: fx.Node) -> bool:
     """Subtracting the row's maximum before softmax changes nothing."""
-    shift = node.args[1]
-    name = op_name(shift) if isinstance(shift, fx.Node) else ""
-    return name in ("amax", "max", "getattr", "getitem")
+    scores, shift = node.args[:2]
+    if isinstance(shift, fx.Node) and op_name(shift) in ("getattr", "getitem"):
+        if shift.args[1] not in ("values", 0):
+            return False
+        shift = shift.args[0]
+    if not isinstance(shift, fx.Node) or op_name(shift) not in ("amax", "max"):
+        return False
+    axis = argument(shift, 1, "dim")
+    return shift.args[0] is scores and axis in (-1, 3, (-1,), [-1])
 
 
-def _weighted_values(softmax: fx.Node) -> tuple[fx.Node | None, bool]:
-    """Follow softmax through casts, slices and dropout to the product with values."""
-    node, dropped = softmax, False
-    for _ in range(8):
-        users = list(node.users)
-        products = [u for u in users if op_name(u) == "matmul" and u.args[0] is node]
-        if products:
+class _Weights:
+    """What is found on the way from softmax on to the product with the values."""
+
+    def __init__(self) -> None:
+        self.product: fx.Node | None = None
+        self.dropped = False
+        self.sliced = False
+
+    def read(self, softmax: fx.Node) -> bool:
+        """Follow casts, slices and dropout; return whether the product was found."""
+        node = softmax
+        for _ in range(8):
             # Returned attention weights would need the full matrix.
-            return (products[0] if len(users) == 1 else None), dropped
-        if len(users) != 1:
-            return None, dropped
-        node = users[0]
+            if len(node.users) != 1:
+                return False
+            user = next(iter(node.users))
+            if op_name(user) == "matmul" and user.args[0] is node:
+                self.product = user
+                return True
+            if not self._passes(user):
+                return False
+            node = user
+        return False
+
+    def _passes(self, node: fx.Node) -> bool:
         if op_name(node) == "dropout":
-            dropped |= _drops(node)
-        elif op_name(node) not in (*_CASTS, "getitem"):
-            return None, dropped
-    return None, dropped
-
-
-def _drops(node: fx.Node) -> bool:
-    probability = float_of(argument(node, 1, "p", 0.5))
-    return bool(argument(node, 2, "training", True)) and probability != 0.0
+            self.dropped |= drops(node)
+        elif op_name(node) == "getitem":
+            self.sliced = True
+        else:
+            return op_name(node) in _CASTS
+        return True
 
 
 def _skip_casts(node: Any) -> fx.Node | None:

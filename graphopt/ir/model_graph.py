@@ -10,8 +10,9 @@ from torch import SymInt, fx
 
 from graphopt.ir.attention import AttentionSite, find_attention
 from graphopt.ir.ffn import FfnSite, find_ffn
-from graphopt.ir.match import op_name, size_expr
+from graphopt.ir.match import size_expr
 from graphopt.ir.norms import NormSite, find_norms
+from graphopt.ir.unraised import unraised
 
 
 @dataclass(frozen=True)
@@ -97,22 +98,5 @@ class ModelGraph:
             for s in self.attention
             if s.unsupported
         ]
-        for node in self.gm.graph.nodes:
-            if op_name(node) == "softmax" and not _feeds(node, used):
-                rows.append(
-                    (node.name, "not-raised", "a softmax in no known attention")
-                )
-        return rows
-
-
-def _feeds(softmax: fx.Node, attention: set[fx.Node]) -> bool:
-    """Tell whether ``softmax`` is inside an eager attention that was found."""
-    node = softmax
-    for _ in range(8):
-        if node in attention:
-            return True
-        users = list(node.users)
-        if not users:
-            return False
-        node = users[0]
-    return False
+        found = unraised(self.gm.graph, used)
+        return rows + [(name, "not-raised", reason) for name, reason in found]
