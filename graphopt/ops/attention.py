@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt.codegen.predicates import PATTERNS
+from graphopt.ops.dense import dense_causal, is_dense_causal
 from graphopt.ops.recompute import register_backward
 from graphopt.ops.reference import attention_reference
 
@@ -114,8 +114,9 @@ def _cpu(
     _check(query, key, value, pattern, sink, window)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     pattern = _effective(pattern, key, min_tokens)
-    if _is_dense_causal(query, key, key_mask, pattern, query_offset, softcap):
-        return _dense_causal(query, key, value, scale)
+    plain = is_dense_causal(query, key, key_mask, query_offset, softcap)
+    if pattern == "causal" and plain:
+        return dense_causal(query, key, value, scale)
     arguments = (pattern, sink, window, query_offset, scale, softcap)
     if not cpp.supports(query.dtype):
         return attention_reference(query, key, value, key_mask, *arguments)
@@ -141,8 +142,9 @@ def _cuda(
     _check(query, key, value, pattern, sink, window)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     pattern = _effective(pattern, key, min_tokens)
-    if _is_dense_causal(query, key, key_mask, pattern, query_offset, softcap):
-        return _dense_causal(query, key, value, scale)
+    plain = is_dense_causal(query, key, key_mask, query_offset, softcap)
+    if pattern == "causal" and plain:
+        return dense_causal(query, key, value, scale)
     return triton_attention.launch(
         query, key, value, key_mask, pattern, sink, window, query_offset, scale, softcap
     )
@@ -150,27 +152,6 @@ def _cuda(
 
 def _effective(pattern: str, key: Tensor, min_tokens: int) -> str:
     return "causal" if key.shape[2] < min_tokens else pattern
-
-
-def _is_dense_causal(
-    query: Tensor,
-    key: Tensor,
-    key_mask: Tensor | None,
-    pattern: str,
-    query_offset: int,
-    softcap: float,
-) -> bool:
-    """Plain causal prefill is ATen's: an unrewritten model has the same bits there."""
-    fresh = query_offset == 0 and query.shape[2] == key.shape[2]
-    return pattern == "causal" and key_mask is None and fresh and softcap == 0.0
-
-
-def _dense_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
-    )
-    return out.contiguous()
 
 
 def _reference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:

@@ -1,0 +1,158 @@
+"""``graphopt::visit_attention``: attention over the keys of visit lists.
+
+Shapes: query [B, Hq, Sq, D], key [B, Hkv, Skv, D], value [B, Hkv, Skv, Dv], result
+[B, Hq, Sq, Dv], contiguous; the four list tensors as in `VisitList`. ``dense_rows``
+(rows at the end whose blocks see every earlier key) holds one value for all query
+heads or one each. ``key_mask``, ``query_offset``, ``scale``, ``softcap`` and
+``min_tokens`` are those of `graphopt.ops.attention`; below ``min_tokens`` keys the
+attention is causal and the lists are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.ops.recompute import register_backward
+from graphopt.ops.reference import attention_reference, masked_attention
+from graphopt.ops.visit_list import VisitList
+
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor runs, "
+    "Tensor run_count, Tensor columns, Tensor column_count, int[] dense_rows, "
+    "SymInt query_offset, "
+)
+
+_library = torch.library.Library("graphopt", "FRAGMENT")
+_library.define(
+    f"visit_attention({_TENSORS}float? scale=None, float softcap=0.0, "
+    "SymInt min_tokens=0) -> Tensor"
+)
+
+
+def visit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    visit_list: VisitList,
+    dense_rows: Sequence[int] = (0,),
+    query_offset: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    min_tokens: int = 0,
+) -> Tensor:
+    """Call ``graphopt::visit_attention``; see the module for shapes and arguments.
+
+    Raises ValueError for shapes or tables that do not fit together.
+    """
+    return torch.ops.graphopt.visit_attention(
+        query, key, value, key_mask, *visit_list, dense_rows, query_offset, scale,
+        softcap, min_tokens,
+    )  # fmt: skip
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, runs: Tensor, dense_rows: Sequence[int]
+) -> None:
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads % kv_heads or value.shape[1] != kv_heads:
+        raise ValueError(
+            f"graphopt.visit_attention: {heads} query heads do not share {kv_heads} "
+            f"key and {value.shape[1]} value heads evenly"
+        )
+    if runs.shape[:2] != query.shape[:2]:
+        raise ValueError(
+            f"graphopt.visit_attention: lists for {tuple(runs.shape[:2])} rows and "
+            f"heads, queries of {tuple(query.shape[:2])}"
+        )
+    if len(dense_rows) not in (1, heads):
+        raise ValueError(
+            f"graphopt.visit_attention: dense_rows holds {len(dense_rows)} values for "
+            f"{heads} heads"
+        )
+
+
+@torch.library.register_fake("graphopt::visit_attention", lib=_library)
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    runs: Tensor,
+    run_count: Tensor,
+    columns: Tensor,
+    column_count: Tensor,
+    dense_rows: Sequence[int],
+    *rest: Any,
+    **options: Any,
+) -> Tensor:
+    _check(query, key, value, runs, dense_rows)
+    return query.new_empty((*query.shape[:3], value.shape[-1]))
+
+
+@torch.library.impl(_library, "visit_attention", "CPU")
+def _cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    runs: Tensor,
+    run_count: Tensor,
+    columns: Tensor,
+    column_count: Tensor,
+    dense_rows: Sequence[int],
+    query_offset: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    min_tokens: int = 0,
+) -> Tensor:
+    from graphopt.codegen.cpp import visit as cpp
+
+    _check(query, key, value, runs, dense_rows)
+    lists = VisitList(runs, run_count, columns, column_count)
+    rest = (query_offset, scale, softcap, min_tokens)
+    if key.shape[2] < min_tokens:
+        return _dense(query, key, value, key_mask, *rest[:3])
+    if not cpp.supports(query.dtype):
+        return _reference(query, key, value, key_mask, *lists, dense_rows, *rest)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return cpp.launch(
+        query, key, value, key_mask, lists, dense_rows, query_offset, scale, softcap
+    )
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    query_offset: int,
+    scale: float | None,
+    softcap: float,
+) -> Tensor:
+    return torch.ops.graphopt.attention(
+        query, key, value, key_mask, "causal", [0], [0], query_offset, scale, softcap
+    )
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    """Attention through the boolean mask that the lists mean."""
+    key_mask, *lists, dense_rows, offset, scale, softcap, min_tokens = rest
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if key.shape[2] < min_tokens:
+        static = ("causal", [0], [0], offset, scale, softcap)
+        return attention_reference(query, key, value, key_mask, *static)
+    mask = VisitList(*lists).visited(dense_rows, query.shape[2], key.shape[2], offset)
+    return masked_attention(query, key, value, key_mask, mask, scale, softcap)
+
+
+register_backward(
+    _library,
+    "visit_attention",
+    f"{_TENSORS}float? scale, float softcap, SymInt min_tokens",
+    _reference,
+)
