@@ -22,7 +22,7 @@ def last_queries_mass(
     passed over), summed over these queries: ``columns[..., k]`` is the mass on key k,
     ``distances[..., d]`` that on keys d tokens before the query.
     """
-    positions = _positions(query, key_mask, query_offset)
+    positions = last_positions(query, key_mask, query_offset)
     rows = (positions - query_offset)[:, None, :, None]
     rows = rows.expand(-1, query.shape[1], -1, query.shape[-1])
     scores = _scores(query.gather(2, rows), key, scale, softcap)
@@ -37,7 +37,7 @@ def last_queries_mass(
     return columns, along.masked_fill((source < 0)[:, None], 0.0).sum(2)
 
 
-def _positions(query: Tensor, key_mask: Tensor | None, query_offset: int) -> Tensor:
+def last_positions(query: Tensor, key_mask: Tensor | None, query_offset: int) -> Tensor:
     """Return the positions of the last real queries, [B, up to 64], ascending."""
     batch, _, queries, _ = query.shape
     count = min(LAST_QUERIES, queries)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.ops.estimate import last_queries_mass
+from graphopt.ops.estimate import last_positions, last_queries_mass
 from graphopt.ops.visit_list import VisitList, from_distances, sorted_places
 
 _SCHEMA = (
@@ -121,9 +121,42 @@ def select_reference(
     return runs, run_count, places, column_count
 
 
-torch.library.impl(_library, "select_vertical_slash", "CompositeExplicitAutograd")(
-    select_reference
-)
+torch.library.impl(_library, "select_vertical_slash", "CUDA")(select_reference)
+
+
+@torch.library.impl(_library, "select_vertical_slash", "CPU")
+def _cpu(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    sink: Sequence[int],
+    window: Sequence[int],
+    vertical: Sequence[int],
+    slash: Sequence[int],
+    query_offset: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    min_tokens: int = 0,
+) -> tuple[Tensor, ...]:
+    from graphopt.codegen.cpp import select as cpp
+
+    tables = (sink, window, vertical, slash)
+    if not cpp.supports(query.dtype):
+        rest = (query_offset, scale, softcap, min_tokens)
+        return select_reference(query, key, key_mask, *tables, *rest)
+    lists = _empty(query, *_capacities(sink, vertical, slash))
+    if key.shape[2] < min_tokens:
+        return tuple(lists)
+    if query_offset + query.shape[2] > key.shape[2]:
+        raise ValueError("graphopt.select_vertical_slash: queries beyond the last key")
+    positions = last_positions(query, key_mask, query_offset)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    first, count = positions[:, 0] - query_offset, positions.shape[1]
+    cpp.launch(
+        query, key, key_mask, first.contiguous(), count, tables, lists, query_offset,
+        scale, softcap,
+    )  # fmt: skip
+    return tuple(lists)
 
 
 def _keep(mass: Tensor, first: Sequence[int], count: Sequence[int]) -> Tensor:
