@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from graphopt import ops as _ops  # noqa: F401  registers graphopt::attention
 from graphopt.ir.index_expr import Evaluator
 from graphopt.ir.masks import MaskForm, UnknownMaskError, read_mask
 from graphopt.ir.match import (
-    float_of,
     op_name,
     same_size,
     shape_of,
@@ -22,7 +19,6 @@ from graphopt.ir.match import (
     sizes_of,
     value_of,
 )
-from graphopt.ir.sizes import size_argument
 
 
 @dataclass(frozen=True)
@@ -144,65 +140,3 @@ def _with_form(site: AttentionSite, form: MaskForm) -> AttentionSite:
     if sizes[1] != wanted[1] or sizes[0] not in (wanted[0], 1):
         return replace(site, unsupported=f"a key mask of sizes {sizes}")
     return replace(site, key_mask=form.key_mask)
-
-
-def replace_site(
-    gm: fx.GraphModule,
-    site: AttentionSite,
-    *,
-    pattern: str,
-    sink: Sequence[int],
-    window: Sequence[int],
-    min_tokens: int = 0,
-) -> fx.Node:
-    """Put ``graphopt::attention`` in the place of ``site`` and return its node.
-
-    What only the old form needed (mask, repeated heads) is left without users.
-    """
-    graph = gm.graph
-    with graph.inserting_before(site.node):
-        offset = size_argument(graph, site.offset, [site.key, site.query])
-        args: tuple[Any, ...] = (site.query, site.key, site.value)
-        args += (_key_mask(graph, site), pattern)
-        args += (
-            list(sink),
-            list(window),
-            offset,
-            _scale(site),
-            site.softcap,
-            min_tokens,
-        )
-        node = graph.call_function(torch.ops.graphopt.attention.default, args)
-    node.meta = {k: v for k, v in site.node.meta.items() if k != "example_value"}
-    values = fx.map_arg(args, lambda n: n.meta["example_value"])
-    query = value_of(site.query)
-    with query.fake_mode:
-        result = torch.ops.graphopt.attention.default(*values)
-    before = value_of(site.node)
-    node.meta["example_value"] = result
-    if result.dtype != before.dtype or result.shape != before.shape:
-        raise ValueError(
-            f"{site.node.name}: {before.shape} would become {result.shape}"
-        )
-    site.node.replace_all_uses_with(node)
-    graph.erase_node(site.node)
-    return node
-
-
-def _key_mask(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
-    """A mask of one row holds for every batch row; the op wants [B, Skv]."""
-    mask = site.key_mask
-    if mask is None:
-        return None
-    batch = (shape_of(site.query) or ())[0]
-    if size_expr((shape_of(mask) or ())[0]) == size_expr(batch):
-        return mask
-    rows = size_argument(graph, size_expr(batch), [site.query])
-    node = graph.call_method("expand", (mask, rows, -1))
-    node.meta["example_value"] = value_of(mask).expand(batch, -1)
-    return node
-
-
-def _scale(site: AttentionSite) -> Any:
-    known = float_of(site.scale)
-    return site.scale if known is None else known

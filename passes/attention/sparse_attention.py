@@ -9,8 +9,9 @@ from pydantic import model_validator
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt import cost
-from graphopt.ir.attention import AttentionSite, replace_site
+from graphopt.ir.attention import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.replace import replace_site
 from graphopt.passes.attention.heads import (
     STREAMING_BLOCK,
     HeadPattern,

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphopt.ir.attention import AttentionSite, replace_site
+from graphopt.ir.attention import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.replace import replace_site
 from graphopt.passes.base import Pass, PassContext, PassResult
 from graphopt.remarks import Remark, applied, missed
 

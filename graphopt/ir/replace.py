@@ -1,0 +1,112 @@
+"""Put graphopt's own attention in the place of a site."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.ir.attention import AttentionSite
+from graphopt.ir.match import float_of, shape_of, size_expr, value_of
+from graphopt.ir.sizes import size_argument
+
+
+def replace_site(
+    gm: fx.GraphModule,
+    site: AttentionSite,
+    *,
+    pattern: str,
+    sink: Sequence[int],
+    window: Sequence[int],
+    min_tokens: int = 0,
+) -> fx.Node:
+    """Put ``graphopt::attention`` in the place of ``site`` and return its node.
+
+    What only the old form needed (mask, repeated heads) is left without users.
+    """
+    with gm.graph.inserting_before(site.node):
+        table = (pattern, list(sink), list(window))
+        mask, *rest = _shared(gm.graph, site, min_tokens)
+        args = (site.query, site.key, site.value, mask, *table, *rest)
+        node = _call(gm.graph, torch.ops.graphopt.attention.default, args)
+    return _substitute(gm, site, node)
+
+
+def replace_by_visit(
+    gm: fx.GraphModule,
+    site: AttentionSite,
+    *,
+    sink: Sequence[int],
+    window: Sequence[int],
+    vertical: Sequence[int],
+    slash: Sequence[int],
+    dense_rows: Sequence[int],
+    min_tokens: int = 0,
+) -> fx.Node:
+    """Put a vertical-slash selection and attention over its lists in place of ``site``.
+
+    The tables are those of `graphopt.ops.selection`; returns the attention's node.
+    """
+    graph = gm.graph
+    tables = [list(t) for t in (sink, window, vertical, slash)]
+    with graph.inserting_before(site.node):
+        mask, *rest = _shared(graph, site, min_tokens)
+        select = torch.ops.graphopt.select_vertical_slash.default
+        lists = _call(graph, select, (site.query, site.key, mask, *tables, *rest))
+        parts = [_item(graph, lists, i) for i in range(4)]
+        args = (site.query, site.key, site.value, mask, *parts, list(dense_rows), *rest)
+        node = _call(graph, torch.ops.graphopt.visit_attention.default, args)
+    return _substitute(gm, site, node)
+
+
+def _shared(graph: fx.Graph, site: AttentionSite, min_tokens: int) -> tuple[Any, ...]:
+    """Return the key mask and the last arguments, which the operators have alike."""
+    offset = size_argument(graph, site.offset, [site.key, site.query])
+    known = float_of(site.scale)
+    scale = site.scale if known is None else known
+    return _key_mask(graph, site), offset, scale, site.softcap, min_tokens
+
+
+def _key_mask(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
+    """A mask of one row holds for every batch row; the op wants [B, Skv]."""
+    mask = site.key_mask
+    if mask is None:
+        return None
+    batch = (shape_of(site.query) or ())[0]
+    if size_expr((shape_of(mask) or ())[0]) == size_expr(batch):
+        return mask
+    rows = size_argument(graph, size_expr(batch), [site.query])
+    node = graph.call_method("expand", (mask, rows, -1))
+    node.meta["example_value"] = value_of(mask).expand(batch, -1)
+    return node
+
+
+def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    node = graph.call_function(target, args)
+    values = fx.map_arg(args, lambda n: n.meta["example_value"])
+    query: Any = values[0]
+    with query.fake_mode:
+        node.meta["example_value"] = target(*values)
+    return node
+
+
+def _item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
+    item = graph.call_function(operator.getitem, (node, index))
+    item.meta["example_value"] = value_of(node)[index]
+    return item
+
+
+def _substitute(gm: fx.GraphModule, site: AttentionSite, node: fx.Node) -> fx.Node:
+    result, before = value_of(node), value_of(site.node)
+    kept = {k: v for k, v in site.node.meta.items() if k != "example_value"}
+    node.meta = {**kept, "example_value": result}
+    if result.dtype != before.dtype or result.shape != before.shape:
+        raise ValueError(
+            f"{site.node.name}: {before.shape} would become {result.shape}"
+        )
+    site.node.replace_all_uses_with(node)
+    gm.graph.erase_node(site.node)
+    return node
