@@ -15,6 +15,7 @@ from graphopt.config import load_config
 from graphopt.errors import PassError
 from graphopt.ir.constants import fold_float_attributes
 from graphopt.ir.match import op_name
+from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.text import graph_text
 from graphopt.passes.base import Pass, PassResult
 from graphopt.pipeline import PipelineOptions, run_passes
@@ -22,6 +23,10 @@ from tests.models import CAUSAL, TINY, capture, padding_mask, token_ids
 
 EXACT = "sparse-attention{sink=0,window=4096,force=true}"
 A_SHAPE = "sparse-attention{sink=4,window=8,force=true}"
+SLASH = (
+    "sparse-attention{pattern=vertical-slash,sink=2,window=4,vertical=3,slash=5,"
+    "force=true}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +112,7 @@ def test_layers_out_of_range():
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-@pytest.mark.parametrize("config", [A_SHAPE, "structured-mask"])
+@pytest.mark.parametrize("config", [A_SHAPE, SLASH, "structured-mask"])
 def test_idempotent(name, config):
     mask = padding_mask([20, 13], 20)
     inputs = {"input_ids": token_ids(2, 20), "attention_mask": mask}
@@ -187,3 +192,56 @@ def test_a_reproducer_repeats_the_failure(tmp_path, dynamic):
 
 def _fails(self, model, context):
     raise RuntimeError("half-way")
+
+
+COVERING = [
+    "pattern=vertical-slash,window=4096",
+    "pattern=tri-shape,window=4096,sink=0",
+    "pattern=streaming,sink=64,window=64,heads=[{pattern=a-shape,window=4096}]",
+]
+
+
+@pytest.mark.parametrize("options", COVERING)
+def test_visit_lists_that_cover_everything_are_dense(options):
+    mask = padding_mask([150, 90], 150, "right")
+    gm = capture(TINY["llama"](), input_ids=token_ids(2, 150), attention_mask=mask)[0]
+    with torch.no_grad():
+        expected = gm(*gm.meta["arguments"])
+        config = load_config(f"sparse-attention{{{options},force=true}}")
+        record = run_passes(gm, config.pipeline, PipelineOptions(strict=True))[0]
+        gm.recompile()
+        actual = gm(*gm.meta["arguments"])
+    assert record.changed
+    for one, other in zip(expected, actual, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-4)
+
+
+def test_tri_shape_leaves_the_last_rows_dense():
+    config = load_config(
+        "sparse-attention{pattern=tri-shape,sink=2,window=8,last=4,layers=[0],"
+        "force=true}"
+    )
+    gm = capture(TINY["llama"](), input_ids=token_ids(1, 200))[0]
+    found = []
+    for passes in ([], config.pipeline):
+        run_passes(gm, passes, PipelineOptions(strict=True))
+        values = Recorder(gm)
+        with torch.no_grad():
+            values.run(*gm.meta["arguments"])
+        node = ModelGraph(gm).attention[0].node
+        found.append(values.seen[node])
+    dense, sparse = found
+    torch.testing.assert_close(sparse[:, :, -4:], dense[:, :, -4:])
+    assert (sparse[:, :, 100] - dense[:, :, 100]).abs().max() > 1e-3
+
+
+class Recorder(torch.fx.Interpreter):
+    """Keeps the value of every node."""
+
+    def __init__(self, gm):
+        super().__init__(gm)
+        self.seen = {}
+
+    def run_node(self, n):
+        self.seen[n] = super().run_node(n)
+        return self.seen[n]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,7 +39,7 @@ def explain(
     with progress(f"loading {model} and tracing it at {tokens} tokens"):
         loaded = load(model, dtype_of(dtype))
         traced = trace(loaded.model, config, tokens)
-    paths = emit_kernels(traced.specs, traced.device) if code else []
+    paths = emit_kernels(traced.kernels, traced.device) if code else []
     kernels = [str(path) for path in paths]
     if as_json:
         print_json(_as_dict(traced, tokens, kernels))
@@ -60,18 +61,42 @@ def _as_dict(traced: Traced, tokens: int, kernels: list[str]) -> dict[str, Any]:
 def _print_graph(traced: Traced, index: int, tokens: int) -> None:
     report, cost = traced.reports[index], traced.costs[index]
     title = f"graph {index}: {report.kind}; passes: {report.config or 'none'}"
-    _print_rows(title, report.structure)
-    rows = [
-        (r.pass_name, r.site, r.kind, r.code, r.message) for r in report.all_remarks()
-    ]
-    print_table("remarks", ("pass", "site", "kind", "code", "message"), rows)
+    _print_rows(title, merged(report.structure, "layer"))
+    names = ("pass_name", "site", "kind", "code", "message")
+    remarks = [{n: getattr(r, n) for n in names} for r in report.all_remarks()]
+    _print_rows("remarks", merged(remarks, "site"))
     if cost:
-        _print_rows(f"attention at {tokens} tokens, predicted", [*cost, _total(cost)])
+        rows = [*merged(cost, "site"), _total(cost)]
+        _print_rows(f"attention at {tokens} tokens, predicted; each", rows)
 
 
 def _total(cost: list[dict[str, Any]]) -> dict[str, Any]:
     keys = [key for key in cost[0] if isinstance(cost[0][key], float)]
     return {"site": "all", **{key: sum(row[key] for row in cost) for key in keys}}
+
+
+def merged(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Join rows that differ only in the number in column ``name``: ``0-29``."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        # A number elsewhere in the row is a difference, the one in ``name`` is not.
+        place = re.sub(r"\d+", "#", str(row[name]))
+        groups.setdefault(repr({**row, name: place}), []).append(row)
+    return [{**g[0], name: _span([str(r[name]) for r in g])} for g in groups.values()]
+
+
+def _span(places: list[str]) -> str:
+    numbers = [int(found.group()) for p in places if (found := re.search(r"\d+", p))]
+    if len(numbers) < 2:
+        return places[0]
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    spans = [str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts]
+    return re.sub(r"\d+", ",".join(spans), places[0], count=1)
 
 
 def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from graphopt.codegen.cache import write_source
-from graphopt.codegen.cpp.attention import emit as emit_cpp
+from graphopt.codegen.cpp import attention, select, visit
 from graphopt.codegen.triton.emit import emit as emit_triton
 from graphopt.codegen.triton.spec import AttentionSpec
 from graphopt.ir.attention import AttentionSite
 from graphopt.ir.match import argument, value_of
 
+# A static pattern's kernel, or "visit-list": one for all visit lists.
+Kernel = AttentionSpec | str
 
-def kernel_spec(site: AttentionSite) -> AttentionSpec:
+
+def kernel_of(site: AttentionSite) -> Kernel:
     """Return which kernel a rewritten site runs."""
+    if site.pattern == "visit-list":
+        return site.pattern
     tables: Any = (argument(site.node, 5, "sink"), argument(site.node, 6, "window"))
     return AttentionSpec(
         pattern=site.pattern,
@@ -29,11 +34,17 @@ def kernel_spec(site: AttentionSite) -> AttentionSpec:
     )
 
 
-def emit_kernels(specs: Iterable[AttentionSpec], device: str) -> list[Path]:
+def emit_kernels(kernels: Collection[Kernel], device: str) -> list[Path]:
     """Write each kernel's source for ``device`` (cpu or cuda); return the paths."""
-    if device == "cpu":
-        patterns = sorted({spec.pattern for spec in specs})
-        stems = [(f"attention_{p.replace('-', '_')}", p) for p in patterns]
-        return [write_source(stem, ".cpp", emit_cpp(p)) for stem, p in stems]
-    ordered = sorted(set(specs), key=lambda spec: spec.name)
-    return [write_source(spec.name, ".py", emit_triton(spec)) for spec in ordered]
+    specs = [k for k in kernels if isinstance(k, AttentionSpec)]
+    if device != "cpu":
+        ordered = sorted(specs, key=lambda spec: spec.name)
+        return [write_source(spec.name, ".py", emit_triton(spec)) for spec in ordered]
+    sources = {
+        f"attention_{p.replace('-', '_')}": attention.emit(p)
+        for p in sorted({spec.pattern for spec in specs})
+    }
+    if len(specs) < len(kernels):
+        sources["select_vertical_slash"] = select.emit()
+        sources["visit_attention"] = visit.emit()
+    return [write_source(stem, ".cpp", text) for stem, text in sources.items()]

@@ -7,6 +7,8 @@ from typing import Any
 
 from graphopt.cost import AttentionShape, attention_cost
 from graphopt.ir.attention import AttentionSite
+from graphopt.ir.fused import visit_tables
+from graphopt.ir.match import argument
 
 
 def site_figures(
@@ -24,7 +26,8 @@ def site_figures(
     }
 
 
-Visited = Counter[tuple[str, int, int]]
+# (pattern, sink, window), and (vertical, slash) for visit lists
+Visited = Counter[tuple[Any, ...]]
 
 
 def _visited(site: AttentionSite, tokens: int) -> Visited:
@@ -34,24 +37,27 @@ def _visited(site: AttentionSite, tokens: int) -> Visited:
         pattern = "full" if site.mask is not None else site.pattern
         return Counter({(pattern, 0, site.window): site.num_heads})
     arguments: tuple[Any, ...] = site.node.args
-    pattern, sink, window = arguments[4:7]
-    minimum = site.node.kwargs.get("min_tokens", (*arguments, *[0] * 4)[10])
+    is_visit = site.pattern == "visit-list"
+    minimum = argument(site.node, 12 if is_visit else 10, "min_tokens", 0)
     if isinstance(minimum, int) and tokens < minimum:
         return Counter({("causal", 0, 0): site.num_heads})
+    if is_visit:
+        return Counter(("visit-list", *row) for row in visit_tables(site))
+    pattern, sink, window = arguments[4:7]
     tables = [(list(t) * site.num_heads)[: site.num_heads] for t in (sink, window)]
     return Counter((str(pattern), *row) for row in zip(*tables, strict=True))
 
 
 def _label(site: AttentionSite, visited: Visited) -> str:
-    names = "+".join(sorted({pattern for pattern, _, _ in visited}))
+    names = "+".join(sorted({row[0] for row in visited}))
     return names if site.form == "op" or site.mask is None else f"{names}, masked"
 
 
 def _flops(site: AttentionSite, visited: Visited, tokens: int) -> float:
     total = 0.0
-    for (pattern, sink, window), heads in visited.items():
+    for (pattern, *sizes), heads in visited.items():
         shape = AttentionShape(heads, site.num_kv_heads, site.head_dim, site.itemsize)
-        total += attention_cost(shape, pattern, sink, window).at(1, tokens)[0]
+        total += attention_cost(shape, pattern, *sizes).at(1, tokens)[0]
     return total
 
 

@@ -26,7 +26,8 @@ class AttentionSite:
     """One attention: ``node`` [B, Hq, Sq, Dv], ``key`` and ``value`` [B, Hkv, Skv, D].
 
     ``form`` is how the model spells it: sdpa, eager, or op (already rewritten).
-    ``offset`` is the key position of query row 0; ``hides_finitely`` as in `MaskForm`;
+    ``offset`` is the key position of query row 0; ``key_mask`` (bool [B|1, >= Skv]),
+    ``key_start`` (its column of key 0) and ``hides_finitely`` are as in `MaskForm`;
     ``unsupported`` says why the graphopt op could not compute exactly this, or is None.
     """
 
@@ -40,6 +41,7 @@ class AttentionSite:
     window: int = 0
     offset: Any = sympy.S.Zero
     key_mask: fx.Node | None = None
+    key_start: Any = sympy.S.Zero
     mask: fx.Node | None = None
     scale: Any = None
     softcap: float = 0.0
@@ -81,7 +83,7 @@ class AttentionSite:
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     """Return the attention sites of ``gm`` in graph order, numbered from 0."""
     from graphopt.ir.eager import match_eager
-    from graphopt.ir.fused import match_op, match_sdpa
+    from graphopt.ir.fused import match_op, match_sdpa, match_visit
 
     evaluator = Evaluator(gm.graph)
     sites: list[AttentionSite] = []
@@ -92,6 +94,8 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
             site = match_sdpa(node, evaluator)
         elif name == "graphopt.attention":
             site = match_op(node)
+        elif name == "graphopt.visit_attention":
+            site = match_visit(node)
         elif name == "softmax":
             site = match_eager(node, evaluator)
         if site is not None:
@@ -124,7 +128,8 @@ def with_mask(
         return site
     site = replace(site, mask=mask)
     try:
-        form = read_mask(mask, evaluator)
+        one_query = size_expr(site.query_len) == 1
+        form = read_mask(mask, evaluator, one_query=one_query)
     except UnknownMaskError as error:
         return replace(site, unsupported=str(error))
     return _with_form(site, form)
@@ -135,8 +140,7 @@ def _with_form(site: AttentionSite, form: MaskForm) -> AttentionSite:
     site = replace(site, hides_finitely=form.finite)
     if form.key_mask is None:
         return site
-    wanted = tuple(size_expr(s) for s in ((shape_of(site.query) or ())[0], site.kv_len))
-    sizes = tuple(size_expr(s) for s in shape_of(form.key_mask) or ())
-    if sizes[1] != wanted[1] or sizes[0] not in (wanted[0], 1):
-        return replace(site, unsupported=f"a key mask of sizes {sizes}")
-    return replace(site, key_mask=form.key_mask)
+    rows, batch = sizes_of(form.key_mask)[0], sizes_of(site.query)[0]
+    if rows not in (batch, 1):
+        return replace(site, unsupported=f"a key mask of {rows} rows for {batch}")
+    return replace(site, key_mask=form.key_mask, key_start=form.key_start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
@@ -48,4 +49,27 @@ def match_op(node: fx.Node) -> AttentionSite:
         key_mask=key_mask,
         scale=argument(node, 8, "scale"),
         softcap=float_of(argument(node, 9, "softcap", 0.0)) or 0.0,
+    )
+
+
+def match_visit(node: fx.Node) -> AttentionSite:
+    """Return the site of a ``graphopt::visit_attention`` node; its lists are data."""
+    query, key, value, key_mask = (argument(node, i, "") for i in range(4))
+    offset = size_expr(argument(node, 9, "query_offset"))
+    site = AttentionSite(0, node, query, key, value, "op", "visit-list", 0, offset)
+    return replace(
+        site,
+        key_mask=key_mask,
+        scale=argument(node, 10, "scale"),
+        softcap=float_of(argument(node, 11, "softcap", 0.0)) or 0.0,
+    )
+
+
+def visit_tables(site: AttentionSite) -> list[tuple[int, ...]]:
+    """Return (sink, window, vertical, slash) of each head of a visit-list site."""
+    lists: Any = argument(site.node, 4, "runs")
+    select = lists.args[0]
+    tables = [list(argument(select, i, "")) for i in range(3, 7)]
+    return list(
+        zip(*((t * site.num_heads)[: site.num_heads] for t in tables), strict=True)
     )

@@ -16,7 +16,14 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-_ANCHORS = ("scaled_dot_product_attention", "graphopt.attention", "softmax")
+_ANCHORS = (
+    (
+        "scaled_dot_product_attention",
+        "graphopt.attention",
+        "graphopt.visit_attention",
+    ),
+    ("softmax",),
+)
 _MIN_REPEATS = 3
 
 
@@ -69,8 +76,8 @@ def find_layers(graph: fx.Graph) -> list[tuple[int, int]]:
 
 
 def _anchors(nodes: Sequence[fx.Node], signature: Sequence[str]) -> list[int]:
-    for name in _ANCHORS:
-        found = [i for i, s in enumerate(signature) if name in s]
+    for names in _ANCHORS:
+        found = [i for i, s in enumerate(signature) if any(n in s for n in names)]
         if len(found) >= _MIN_REPEATS:
             return found
     return _anchors_by_weight(nodes)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-Pattern = Literal["a-shape", "streaming", "sliding-window", "dense"]
+from graphopt.codegen.predicates import BLOCK
+
+Pattern = Literal[
+    "a-shape", "streaming", "sliding-window", "tri-shape", "vertical-slash", "dense"
+]
 Index = Annotated[int, Field(ge=0)]
 Tokens = Annotated[int, Field(ge=0)]
 Width = Annotated[int, Field(gt=0)]
 
 # A window that no prompt reaches: such a head sees every earlier key.
 UNBOUNDED = 2**31 - 1
-STREAMING_BLOCK = 64
+
+# What a pattern takes where the config gives no sink or window, in tokens.
+_SINK = {"vertical-slash": 30, "sliding-window": 0, "dense": 0}
+_WINDOW = {"vertical-slash": 100, "dense": UNBOUNDED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,9 @@ class HeadRule:
     pattern: Pattern | None = None
     sink: Tokens | None = None
     window: Width | None = None
+    vertical: Tokens | None = None
+    slash: Tokens | None = None
+    last: Tokens | None = None
 
     def covers(self, layer: int, head: int) -> bool:
         """Tell whether the row speaks of this head."""
@@ -41,60 +51,103 @@ class HeadRule:
 
 @dataclass(frozen=True)
 class HeadPattern:
-    """The pattern of one query head; ``sink`` and ``window`` in tokens."""
+    """The pattern of one query head; sizes in tokens, None for the pattern's own."""
 
     pattern: Pattern
-    sink: int
-    window: int
+    sink: int | None = None
+    window: int | None = None
+    vertical: int = 0
+    slash: int = 0
+    last: int = 0
 
     def overridden(self, rule: HeadRule) -> HeadPattern:
         """Return this pattern with what ``rule`` gives."""
-        return HeadPattern(
-            rule.pattern or self.pattern,
-            self.sink if rule.sink is None else rule.sink,
-            self.window if rule.window is None else rule.window,
+
+        given = {name: getattr(rule, name) for name in self.__dataclass_fields__}
+        return replace(self, **{k: v for k, v in given.items() if v is not None})
+
+    def sizes(self) -> tuple[int, int]:
+        """Return (sink, window) as the pattern takes them."""
+        if self.pattern == "dense":
+            return 0, UNBOUNDED
+        sink = 0 if self.pattern == "sliding-window" else self.sink
+        return (
+            _SINK.get(self.pattern, 128) if sink is None else sink,
+            _WINDOW.get(self.pattern, 1024) if self.window is None else self.window,
         )
 
-    def canonical(self) -> tuple[str, int, int]:
-        """Return (kernel pattern, sink, window): all but streaming are an A-shape."""
-        if self.pattern == "dense":
-            return "a-shape", 0, UNBOUNDED
-        if self.pattern == "sliding-window":
-            return "a-shape", 0, self.window
-        return self.pattern, self.sink, self.window
+    @property
+    def is_static(self) -> bool:
+        """Tell whether a predicate over (query, key) says which keys are seen."""
+        return self.pattern not in ("vertical-slash", "tri-shape")
+
+    def row(self) -> VisitRow:
+        """Return the pattern in terms of visit lists, blocks of 64 rows alike."""
+        sink, window = self.sizes()
+        if self.pattern == "streaming":
+            # Whole blocks back from the block's own: the farthest key is its first.
+            window = max(window - BLOCK + 1, 1)
+        selects = self.pattern == "vertical-slash"
+        return VisitRow(
+            sink,
+            window,
+            self.vertical if selects else 0,
+            self.slash if selects else 0,
+            self.last if self.pattern == "tri-shape" else 0,
+        )
+
+
+@dataclass(frozen=True, order=True)
+class VisitRow:
+    """What one head keeps: see `graphopt.ops.selection`; ``last`` rows are dense."""
+
+    sink: int
+    window: int
+    vertical: int
+    slash: int
+    last: int
 
 
 @dataclass(frozen=True)
-class LayerPattern:
-    """One kernel call: a pattern with one sink and window for all heads or per head."""
+class StaticPlan:
+    """One kernel of a predicate: a sink and a window for all heads, or per head."""
 
     pattern: str
     sink: tuple[int, ...]
     window: tuple[int, ...]
 
 
-def layer_pattern(heads: Sequence[HeadPattern]) -> LayerPattern | None:
+@dataclass(frozen=True)
+class VisitPlan:
+    """One kernel over visit lists: a row for all heads, or per head."""
+
+    rows: tuple[VisitRow, ...]
+
+    def table(self, name: str) -> list[int]:
+        """Return one field of every row."""
+        return [getattr(row, name) for row in self.rows]
+
+
+def layer_plan(heads: Sequence[HeadPattern]) -> StaticPlan | VisitPlan | None:
     """Join the heads of a layer into one launch, or None when all heads are dense.
 
-    Raises ValueError when streaming heads stand beside A-shape heads that are not
-    dense: the two round their windows differently and have no common predicate.
+    Heads of one predicate share its kernel, which is exact to the token; others go
+    through visit lists, which round up to blocks of 64 rows.
     """
     if all(h.pattern == "dense" for h in heads):
         return None
-    forms = [h.canonical() for h in heads]
-    names = {
-        name for name, _, window in forms if window != UNBOUNDED or name == "streaming"
-    }
-    if len(names) > 1:
-        raise ValueError("streaming and a-shape heads in one layer")
-    pattern = names.pop()
-    wide = UNBOUNDED // STREAMING_BLOCK * STREAMING_BLOCK
-    rows = [
-        (sink, min(window, wide) if pattern == "streaming" else window)
-        for _, sink, window in forms
-    ]
-    if len(set(rows)) == 1:
-        rows = rows[:1]
-    if pattern == "a-shape" and all(sink == 0 for sink, _ in rows):
+    names = {h.pattern for h in heads if h.pattern != "dense"}
+    streaming = "streaming" in names
+    if not all(h.is_static for h in heads) or (streaming and len(names) > 1):
+        rows = tuple(h.row() for h in heads)
+        return VisitPlan(rows[:1] if len(set(rows)) == 1 else rows)
+    pairs = [h.sizes() for h in heads]
+    if streaming:
+        wide = UNBOUNDED // BLOCK * BLOCK
+        pairs = [(sink, min(window, wide)) for sink, window in pairs]
+    if len(set(pairs)) == 1:
+        pairs = pairs[:1]
+    pattern = "streaming" if streaming else "a-shape"
+    if not streaming and all(sink == 0 for sink, _ in pairs):
         pattern = "sliding-window"
-    return LayerPattern(pattern, tuple(r[0] for r in rows), tuple(r[1] for r in rows))
+    return StaticPlan(pattern, tuple(s for s, _ in pairs), tuple(w for _, w in pairs))

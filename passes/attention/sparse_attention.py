@@ -9,18 +9,19 @@ from pydantic import model_validator
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt import cost
+from graphopt.codegen.predicates import BLOCK
 from graphopt.ir.attention import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
-from graphopt.ir.replace import replace_site
+from graphopt.ir.replace import replace_by_visit, replace_site
 from graphopt.passes.attention.heads import (
-    STREAMING_BLOCK,
     HeadPattern,
     HeadRule,
     Index,
-    LayerPattern,
+    StaticPlan,
     Tokens,
+    VisitPlan,
     Width,
-    layer_pattern,
+    layer_plan,
 )
 from graphopt.passes.base import Pass, PassContext, PassResult, option
 from graphopt.remarks import Remark, applied, failure, missed
@@ -28,14 +29,17 @@ from graphopt.remarks import Remark, applied, failure, missed
 
 @dataclass(frozen=True, kw_only=True)
 class SparseAttention(Pass):
-    """Let each query of a prompt see the first ``sink`` and the last ``window`` tokens.
+    """Let each query of a prompt see a few columns and near or similar distances.
 
-    Attention of a long prompt puts most of its mass on the first tokens and on near
-    ones; the kernel visits only these, so that its work grows with the length and not
-    with its square. ``a-shape`` is token-exact, ``streaming`` rounds the window to
-    blocks of 64, ``sliding-window`` has no sink. Approximate; with a window of at least
-    the prompt's length the result is the dense one, bit for bit. Pays on prompts
-    longer than about the window; shorter ones stay dense inside the same graph.
+    Attention of a long prompt puts most of its mass on the first tokens, on near ones
+    and on few columns and diagonals; the kernel visits only these. ``a-shape`` sees the
+    first ``sink`` and the last ``window`` tokens, ``streaming`` the same in blocks of
+    64, ``sliding-window`` has no sink, and in ``tri-shape`` the ``last`` rows see
+    everything. ``vertical-slash`` adds, per head and prompt, the ``vertical`` columns
+    and ``slash`` diagonals on which the last 64 queries put most mass. Approximate;
+    with a window of at least the prompt's length the result is the dense one, bit for
+    bit. Pays on prompts longer than about what is seen; shorter ones stay dense inside
+    the same graph.
 
     Before::
 
@@ -44,6 +48,11 @@ class SparseAttention(Pass):
     After::
 
         %o = graphopt.attention(%q, %k, %v, None, 'a-shape', [128], [1024], 0)
+
+    After, with vertical-slash::
+
+        %l = graphopt.select_vertical_slash(%q, %k, None, [30], [100], [1000], [6096])
+        %o = graphopt.visit_attention(%q, %k, %v, None, %l[0], %l[1], %l[2], %l[3], [0])
 
     Refuses when
 
@@ -57,36 +66,47 @@ class SparseAttention(Pass):
 
     name: ClassVar[str] = "sparse-attention"
     source: ClassVar[str] = (
-        "MInference (Jiang et al. 2024, A-shape); LServe (Yang et al. 2025) and "
-        "StreamingLLM (Xiao et al. 2023), streaming heads"
+        "MInference (Jiang et al. 2024, A-shape and vertical-slash); LServe (Yang et "
+        "al. 2025) and StreamingLLM (Xiao et al. 2023), streaming heads; SCBench (Li "
+        "et al. 2025, tri-shape)"
     )
 
-    pattern: Literal["a-shape", "streaming", "sliding-window"] = option(
-        "a-shape", "which keys a query visits"
+    pattern: Literal[
+        "a-shape", "streaming", "sliding-window", "tri-shape", "vertical-slash"
+    ] = option("a-shape", "which keys a query visits")
+    sink: Tokens | None = option(
+        None, "first tokens that every query sees: 128; vertical-slash 30", "tokens"
     )
-    sink: Tokens = option(128, "first tokens that every query sees", "tokens")
-    window: Width = option(1024, "last tokens that a query sees, itself too", "tokens")
+    window: Width | None = option(
+        None,
+        "last tokens that a query sees, itself too: 1024; vertical-slash 100",
+        "tokens",
+    )
+    vertical: Tokens = option(1000, "columns chosen per head (vertical-slash)")
+    slash: Tokens = option(6096, "diagonals chosen per head (vertical-slash)")
+    last: Tokens = option(100, "last rows that see everything (tri-shape)", "tokens")
     layers: list[Index] | None = option(None, "layers to rewrite; all when left out")
     heads: list[HeadRule] = option([], "table of rows that override single heads")
 
     @model_validator(mode="after")
     def _multiples(self) -> Self:
-        for place, pattern, sink, window in self._rows():
-            odd = sink % STREAMING_BLOCK or window % STREAMING_BLOCK
-            if pattern == "streaming" and odd:
+        rows = [("", self._base())]
+        rows += [
+            (f"heads[{i}]: ", self._base().overridden(r))
+            for i, r in enumerate(self.heads)
+        ]
+        for place, head in rows:
+            sink, window = head.sizes()
+            if head.pattern == "streaming" and (sink % BLOCK or window % BLOCK):
                 raise ValueError(
                     f"{place}streaming rounds to blocks: sink = {sink} and window = "
-                    f"{window} must be multiples of {STREAMING_BLOCK}"
+                    f"{window} must be multiples of {BLOCK}"
                 )
         return self
 
-    def _rows(self) -> list[tuple[str, str, int, int]]:
-        base = HeadPattern(self.pattern, self.sink, self.window)
-        rows = [("", base)]
-        rows += [
-            (f"heads[{i}]: ", base.overridden(r)) for i, r in enumerate(self.heads)
-        ]
-        return [(place, h.pattern, h.sink, h.window) for place, h in rows]
+    def _base(self) -> HeadPattern:
+        sizes = (self.sink, self.window, self.vertical, self.slash, self.last)
+        return HeadPattern(self.pattern, *sizes)
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Rewrite the causal prefill sites of the selected layers."""
@@ -122,25 +142,15 @@ class SparseAttention(Pass):
         name = f"attention[{site.index}]"
         if refusal := self._refusal(site):
             return missed(name, *refusal)
-        try:
-            layer = layer_pattern(self._head_patterns(site))
-        except ValueError as error:
-            return failure("mixed-patterns", f"layer {site.index}: {error}", name)
-        if layer is None:
+        plan = layer_plan(self._head_patterns(site))
+        if plan is None:
             return missed(name, "not-selected", "every head of this layer is dense")
-        pays = self._pays_from(layer, context)
+        pays = self._pays_from(plan, context)
         if statically_known_true(site.kv_len < pays):
             text = f"dense is predicted faster below {pays} tokens"
             return missed(name, "too-short", text, tokens=str(site.kv_len), pays=pays)
-        replace_site(
-            model.gm,
-            site,
-            pattern=layer.pattern,
-            sink=list(layer.sink),
-            window=list(layer.window),
-            min_tokens=pays,
-        )
-        return applied(name, self._describe(layer, pays), min_tokens=pays)
+        _rewrite(model, site, plan, pays)
+        return applied(name, _describe(plan, pays), min_tokens=pays)
 
     def _refusal(self, site: AttentionSite) -> tuple[str, str] | None:
         if site.unsupported:
@@ -158,33 +168,67 @@ class SparseAttention(Pass):
     def _head_patterns(self, site: AttentionSite) -> list[HeadPattern]:
         result = []
         for head in range(site.num_heads):
-            found = HeadPattern(self.pattern, self.sink, self.window)
+            found = self._base()
             for rule in self.heads:
                 if rule.covers(site.index, head):
                     found = found.overridden(rule)
             result.append(found)
         return result
 
-    def _pays_from(self, layer: LayerPattern, context: PassContext) -> int:
+    def _pays_from(self, plan: StaticPlan | VisitPlan, context: PassContext) -> int:
         """Below this length the op runs dense; the narrowest head decides.
 
         ``force`` still keeps dense what the pattern covers whole: the keys are the
         same, and the dense kernel gives the same bits as the unrewritten model.
         """
-        pairs = sorted(set(zip(layer.sink, layer.window, strict=True)))
-        covered = min(sink + window for sink, window in pairs) + 1
+        windows = plan.table("window") if isinstance(plan, VisitPlan) else plan.window
         if self.force:
-            return min(window for _, window in pairs) + 1
+            return min(windows) + 1
+        if isinstance(plan, VisitPlan):
+            pays = min(
+                cost.visit_pays_from(
+                    r.sink, r.window, r.vertical, r.slash, context.device
+                )
+                for r in set(plan.rows)
+            )
+            return max(pays, min(r.sink + r.window for r in plan.rows) + 1)
+        pairs = sorted(set(zip(plan.sink, plan.window, strict=True)))
         pays = min(
-            cost.pays_from(layer.pattern, sink, window, context.device)
+            cost.pays_from(plan.pattern, sink, window, context.device)
             for sink, window in pairs
         )
-        return max(pays, covered)
+        return max(pays, min(sink + window for sink, window in pairs) + 1)
 
-    def _describe(self, layer: LayerPattern, pays: int) -> str:
-        kinds = len(set(zip(layer.sink, layer.window, strict=True)))
-        per_head = f" ({kinds} kinds of heads)" if kinds > 1 else ""
-        return (
-            f"{layer.pattern}, sink {min(layer.sink)}, window {min(layer.window)}"
-            f"{per_head}; dense below {pays} tokens"
+
+def _rewrite(
+    model: ModelGraph, site: AttentionSite, plan: StaticPlan | VisitPlan, pays: int
+) -> None:
+    if isinstance(plan, StaticPlan):
+        sink, window = list(plan.sink), list(plan.window)
+        replace_site(
+            model.gm,
+            site,
+            pattern=plan.pattern,
+            sink=sink,
+            window=window,
+            min_tokens=pays,
         )
+        return
+    names = ("sink", "window", "vertical", "slash")
+    tables = {name: plan.table(name) for name in names}
+    replace_by_visit(
+        model.gm, site, **tables, dense_rows=plan.table("last"), min_tokens=pays
+    )
+
+
+def _describe(plan: StaticPlan | VisitPlan, pays: int) -> str:
+    if isinstance(plan, StaticPlan):
+        kinds = len(set(zip(plan.sink, plan.window, strict=True)))
+        text = f"{plan.pattern}, sink {min(plan.sink)}, window {min(plan.window)}"
+    else:
+        kinds, row = len(set(plan.rows)), max(plan.rows, key=lambda r: r.slash)
+        text = f"visit lists, sink {row.sink}, window {row.window}"
+        if row.vertical or row.slash:
+            text += f", {row.vertical} columns and {row.slash} slashes chosen"
+    per_head = f" ({kinds} kinds of heads)" if kinds > 1 else ""
+    return f"{text}{per_head}; dense below {pays} tokens"

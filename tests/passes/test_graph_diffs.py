@@ -8,6 +8,10 @@ import torch
 from tests.models import CAUSAL, TINY, WINDOW, padding_mask, token_ids
 
 A_SHAPE = "sparse-attention{sink=4,window=8,force=true}"
+VERTICAL_SLASH = (
+    "sparse-attention{pattern=vertical-slash,sink=2,window=4,vertical=3,slash=5,"
+    "force=true,heads=[{heads=[0],pattern=dense}]}"
+)
 LOSSLESS = "structured-mask"
 
 
@@ -15,6 +19,19 @@ LOSSLESS = "structured-mask"
 def test_sparse_attention(graph_diff, name):
     inputs = {"input_ids": token_ids(1, 32), "use_cache": True}
     graph_diff(TINY[name](), A_SHAPE, f"sparse-attention-{name}", layer=1, **inputs)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gemma3", "gpt_neox", "mixtral", "bloom"]
+)
+def test_vertical_slash(graph_diff, name):
+    inputs = {
+        "input_ids": token_ids(2, 24),
+        "attention_mask": padding_mask([24, 17], 24),
+        "use_cache": True,
+    }
+    golden = f"vertical-slash-{name}"
+    graph_diff(TINY[name](), VERTICAL_SLASH, golden, layer=1, **inputs)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
