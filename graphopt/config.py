@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +126,22 @@ def _make(entry: Mapping[str, Any], index: int, origin: str, text: str) -> Pass:
     except ConfigError as error:
         raise ConfigError(f"{_at(origin, text, 'name', index)}: {error}") from None
     options = {key.replace("-", "_"): value for key, value in options.items()}
+    _resolve_files(cls, options, origin)
     try:
         # Strict validation takes a nested table for a dataclass only from JSON.
         return _adapter(cls).validate_json(json.dumps(options, default=str))
     except ValidationError as error:
         raise ConfigError(_explain(error, cls, index, origin, text)) from None
+
+
+def _resolve_files(cls: type[Pass], options: dict[str, Any], origin: str) -> None:
+    """Files that a config names lie beside it."""
+    if not origin.endswith(".toml"):
+        return
+    for item in fields(cls):
+        value = options.get(item.name)
+        if item.metadata.get("unit") == "file" and isinstance(value, str):
+            options[item.name] = str(Path(origin).parent / value)
 
 
 def _adapter(cls: type[Pass]) -> TypeAdapter[Pass]:

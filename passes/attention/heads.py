@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -106,48 +105,3 @@ class VisitRow:
     vertical: int
     slash: int
     last: int
-
-
-@dataclass(frozen=True)
-class StaticPlan:
-    """One kernel of a predicate: a sink and a window for all heads, or per head."""
-
-    pattern: str
-    sink: tuple[int, ...]
-    window: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class VisitPlan:
-    """One kernel over visit lists: a row for all heads, or per head."""
-
-    rows: tuple[VisitRow, ...]
-
-    def table(self, name: str) -> list[int]:
-        """Return one field of every row."""
-        return [getattr(row, name) for row in self.rows]
-
-
-def layer_plan(heads: Sequence[HeadPattern]) -> StaticPlan | VisitPlan | None:
-    """Join the heads of a layer into one launch, or None when all heads are dense.
-
-    Heads of one predicate share its kernel, which is exact to the token; others go
-    through visit lists, which round up to blocks of 64 rows.
-    """
-    if all(h.pattern == "dense" for h in heads):
-        return None
-    names = {h.pattern for h in heads if h.pattern != "dense"}
-    streaming = "streaming" in names
-    if not all(h.is_static for h in heads) or (streaming and len(names) > 1):
-        rows = tuple(h.row() for h in heads)
-        return VisitPlan(rows[:1] if len(set(rows)) == 1 else rows)
-    pairs = [h.sizes() for h in heads]
-    if streaming:
-        wide = UNBOUNDED // BLOCK * BLOCK
-        pairs = [(sink, min(window, wide)) for sink, window in pairs]
-    if len(set(pairs)) == 1:
-        pairs = pairs[:1]
-    pattern = "streaming" if streaming else "a-shape"
-    if not streaming and all(sink == 0 for sink, _ in pairs):
-        pattern = "sliding-window"
-    return StaticPlan(pattern, tuple(s for s, _ in pairs), tuple(w for _, w in pairs))

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphopt import cost
 from graphopt.codegen.predicates import BLOCK
+from graphopt.errors import ConfigError
 from graphopt.ir.attention import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
-from graphopt.ir.replace import replace_by_visit, replace_site
+from graphopt.passes.attention.head_tables import HeadTable, read_table
 from graphopt.passes.attention.heads import (
     HeadPattern,
     HeadRule,
     Index,
-    StaticPlan,
     Tokens,
-    VisitPlan,
     Width,
-    layer_plan,
 )
+from graphopt.passes.attention.plans import layer_plan
 from graphopt.passes.base import Pass, PassContext, PassResult, option
 from graphopt.remarks import Remark, applied, failure, missed
 
@@ -82,11 +80,19 @@ class SparseAttention(Pass):
         "last tokens that a query sees, itself too: 1024; vertical-slash 100",
         "tokens",
     )
-    vertical: Tokens = option(1000, "columns chosen per head (vertical-slash)")
-    slash: Tokens = option(6096, "diagonals chosen per head (vertical-slash)")
+    vertical: Tokens = option(1000, "columns chosen beside the sinks (vertical-slash)")
+    slash: Tokens = option(
+        6096, "diagonals chosen beside the window's (vertical-slash)"
+    )
     last: Tokens = option(100, "last rows that see everything (tri-shape)", "tokens")
     layers: list[Index] | None = option(None, "layers to rewrite; all when left out")
-    heads: list[HeadRule] = option([], "table of rows that override single heads")
+    table: str | None = option(
+        None, "heads table: MInference's .json, DuoAttention's .tsv, or .toml", "file"
+    )
+    sparsity: Annotated[float, Field(ge=0, le=1)] = option(
+        0.5, "share of streaming heads, the lowest gates of a .tsv table"
+    )
+    heads: list[HeadRule] = option([], "rows that override single heads, last wins")
 
     @model_validator(mode="after")
     def _multiples(self) -> Self:
@@ -102,7 +108,16 @@ class SparseAttention(Pass):
                     f"{place}streaming rounds to blocks: sink = {sink} and window = "
                     f"{window} must be multiples of {BLOCK}"
                 )
+        if self.table is not None:
+            self._read()
         return self
+
+    def _read(self) -> None:
+        """A table that cannot be read is an error of the config, not of a graph."""
+        try:
+            self._table()
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
     def _base(self) -> HeadPattern:
         sizes = (self.sink, self.window, self.vertical, self.slash, self.last)
@@ -110,7 +125,7 @@ class SparseAttention(Pass):
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Rewrite the causal prefill sites of the selected layers."""
-        remarks = self._out_of_range(model)
+        remarks = self._out_of_range(model) or self._wrong_table(model)
         if remarks:
             return PassResult(False, tuple(remarks))
         remarks = [self._visit(model, site, context) for site in model.attention]
@@ -136,6 +151,17 @@ class SparseAttention(Pass):
             if i >= limit
         ]
 
+    def _wrong_table(self, model: ModelGraph) -> list[Remark]:
+        table, count = self._table(), len(model.attention)
+        if table is None or not count:
+            return []
+        site = model.attention[0]
+        text = table.mismatch(count, site.num_heads, site.num_kv_heads)
+        return [failure("table-size", text)] if text else []
+
+    def _table(self) -> HeadTable | None:
+        return read_table(self.table, self.sparsity) if self.table else None
+
     def _visit(
         self, model: ModelGraph, site: AttentionSite, context: PassContext
     ) -> Remark:
@@ -145,12 +171,15 @@ class SparseAttention(Pass):
         plan = layer_plan(self._head_patterns(site))
         if plan is None:
             return missed(name, "not-selected", "every head of this layer is dense")
-        pays = self._pays_from(plan, context)
+        # Forced or not, what a pattern covers whole stays dense: the keys are the same,
+        # and the dense kernel gives the same bits as the unrewritten model.
+        pays = plan.narrowest() + 1 if self.force else plan.pays_from(context.device)
         if statically_known_true(site.kv_len < pays):
             text = f"dense is predicted faster below {pays} tokens"
             return missed(name, "too-short", text, tokens=str(site.kv_len), pays=pays)
-        _rewrite(model, site, plan, pays)
-        return applied(name, _describe(plan, pays), min_tokens=pays)
+        plan.rewrite(model.gm, site, pays)
+        text = f"{plan.describe()}; dense below {pays} tokens"
+        return applied(name, text, min_tokens=pays)
 
     def _refusal(self, site: AttentionSite) -> tuple[str, str] | None:
         if site.unsupported:
@@ -166,69 +195,14 @@ class SparseAttention(Pass):
         return None
 
     def _head_patterns(self, site: AttentionSite) -> list[HeadPattern]:
-        result = []
+        result, table = [], self._table()
+        group = site.num_heads // site.num_kv_heads
         for head in range(site.num_heads):
             found = self._base()
+            if table is not None:
+                found = table.pattern(site.index, head, group, found)
             for rule in self.heads:
                 if rule.covers(site.index, head):
                     found = found.overridden(rule)
             result.append(found)
         return result
-
-    def _pays_from(self, plan: StaticPlan | VisitPlan, context: PassContext) -> int:
-        """Below this length the op runs dense; the narrowest head decides.
-
-        ``force`` still keeps dense what the pattern covers whole: the keys are the
-        same, and the dense kernel gives the same bits as the unrewritten model.
-        """
-        windows = plan.table("window") if isinstance(plan, VisitPlan) else plan.window
-        if self.force:
-            return min(windows) + 1
-        if isinstance(plan, VisitPlan):
-            pays = min(
-                cost.visit_pays_from(
-                    r.sink, r.window, r.vertical, r.slash, context.device
-                )
-                for r in set(plan.rows)
-            )
-            return max(pays, min(r.sink + r.window for r in plan.rows) + 1)
-        pairs = sorted(set(zip(plan.sink, plan.window, strict=True)))
-        pays = min(
-            cost.pays_from(plan.pattern, sink, window, context.device)
-            for sink, window in pairs
-        )
-        return max(pays, min(sink + window for sink, window in pairs) + 1)
-
-
-def _rewrite(
-    model: ModelGraph, site: AttentionSite, plan: StaticPlan | VisitPlan, pays: int
-) -> None:
-    if isinstance(plan, StaticPlan):
-        sink, window = list(plan.sink), list(plan.window)
-        replace_site(
-            model.gm,
-            site,
-            pattern=plan.pattern,
-            sink=sink,
-            window=window,
-            min_tokens=pays,
-        )
-        return
-    names = ("sink", "window", "vertical", "slash")
-    tables = {name: plan.table(name) for name in names}
-    replace_by_visit(
-        model.gm, site, **tables, dense_rows=plan.table("last"), min_tokens=pays
-    )
-
-
-def _describe(plan: StaticPlan | VisitPlan, pays: int) -> str:
-    if isinstance(plan, StaticPlan):
-        kinds = len(set(zip(plan.sink, plan.window, strict=True)))
-        text = f"{plan.pattern}, sink {min(plan.sink)}, window {min(plan.window)}"
-    else:
-        kinds, row = len(set(plan.rows)), max(plan.rows, key=lambda r: r.slash)
-        text = f"visit lists, sink {row.sink}, window {row.window}"
-        if row.vertical or row.slash:
-            text += f", {row.vertical} columns and {row.slash} slashes chosen"
-    per_head = f" ({kinds} kinds of heads)" if kinds > 1 else ""
-    return f"{text}{per_head}; dense below {pays} tokens"
