@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,6 +90,9 @@ def _difference(expected: Sequence[Any], actual: Sequence[Any]) -> tuple[float, 
         if isinstance(a, torch.Tensor) and a.is_floating_point() and a.numel():
             difference = (a.double() - b.detach().double()).abs()
             same = (a == b) | (a.isnan() & b.isnan())
-            worst = max(worst, difference.masked_fill(same, 0.0).max().item())
-            scale = max(scale, a.double().abs().max().item())
+            # NaN on one side only is as far apart as can be; max() would lose it.
+            difference = difference.masked_fill(same, 0.0).nan_to_num(nan=math.inf)
+            worst = max(worst, difference.max().item())
+            finite = a.double().abs().nan_to_num(0.0, 0.0, 0.0)
+            scale = max(scale, finite.max().item())
     return worst, scale

@@ -19,7 +19,7 @@ _EFFECT_PARTS = (
     "barrier",
 )  # fmt: skip
 # Calls that have no effect on the result and read as noise.
-_NOISE = ("_log_api_usage_once",)
+_NOISE = ("_log_api_usage_once", "lazy_load_decompositions")
 
 
 def has_effect(node: fx.Node) -> bool:
@@ -30,7 +30,12 @@ def has_effect(node: fx.Node) -> bool:
     if name == "dropout" and not drops(node):
         return is_mutating(node)
     known = name in _EFFECTS or any(part in name for part in _EFFECT_PARTS)
-    return known or is_mutating(node)
+    return known or is_mutating(node) or _gives_nothing(node)
+
+
+def _gives_nothing(node: fx.Node) -> bool:
+    """A call without a value, such as entering a vmap, is there for its effect."""
+    return node.op == "call_function" and node.meta.get("example_value") is None
 
 
 def drops(dropout: fx.Node) -> bool:

@@ -22,17 +22,30 @@ def match_eager(softmax: fx.Node, evaluator: Evaluator) -> AttentionSite | None:
     A site that holds more than the op can express (a bias, sinks, dropout) comes back
     with ``unsupported``.
     """
-    if argument(softmax, 1, "dim") not in (-1, 3) or len(shape_of(softmax) or ()) != 4:
-        return None
-    weights = _Weights()
-    scores = _skip_casts(softmax.args[0])
-    if scores is None or not weights.read(softmax):
-        return None
-    found = _Scores()
+    read = _read(softmax)
+    return None if isinstance(read, str) else _site(*read, evaluator)
+
+
+def why_not(softmax: fx.Node) -> str:
+    """Return why `match_eager` does not see attention around ``softmax``."""
+    read = _read(softmax)
+    return read if isinstance(read, str) else "heads that are no number"
+
+
+def _read(softmax: fx.Node) -> tuple[_Weights, _Scores] | str:
+    """Return what is around ``softmax``, or why it is unknown."""
+    rank = len(shape_of(softmax) or ())
+    if argument(softmax, 1, "dim") not in (-1, 3) or rank != 4:
+        return f"over axis {argument(softmax, 1, 'dim')} of {rank}"
+    weights, found = _Weights(), _Scores()
+    if not found.read(_skip_casts(softmax.args[0])):
+        return f"the scores come from {found.stop}"
+    if not weights.read(softmax):
+        return f"the weights go to {weights.stop}"
     # A slice of the weights takes the column of the sinks away again, or is unknown.
-    if not found.read(scores) or (weights.sliced and not found.sinks):
-        return None
-    return _site(weights, found, evaluator)
+    if weights.sliced and not found.sinks:
+        return "a slice of the weights"
+    return weights, found
 
 
 def _site(
@@ -75,6 +88,7 @@ class _Scores:
         self.scale = 1.0
         self.softcap = 0.0
         self.sinks = False
+        self.stop = "nothing"
 
     def read(self, node: fx.Node | None) -> bool:
         """Walk back; return whether query and key were found."""
@@ -82,6 +96,7 @@ class _Scores:
             node = _skip_casts(node)
             if node is None:
                 return False
+            self.stop = _origin(node)
             if op_name(node) == "matmul":
                 return self._product(node)
             node = self._step(node)
@@ -162,12 +177,14 @@ class _Weights:
         self.product: fx.Node | None = None
         self.dropped = False
         self.sliced = False
+        self.stop = ""
 
     def read(self, softmax: fx.Node) -> bool:
         """Follow casts, slices and dropout; return whether the product was found."""
         node = softmax
         for _ in range(8):
             # Returned attention weights would need the full matrix.
+            self.stop = " and ".join(sorted(op_name(user) for user in node.users))
             if len(node.users) != 1:
                 return False
             user = next(iter(node.users))
@@ -187,6 +204,14 @@ class _Weights:
         else:
             return op_name(node) in _CASTS
         return True
+
+
+def _origin(node: fx.Node) -> str:
+    """Name the operator, and below a change of shape the one that computed."""
+    source = node.args[0] if node.args else None
+    if op_name(node) != "reshape" or not isinstance(source, fx.Node):
+        return op_name(node)
+    return f"{op_name(node)} of {_origin(source)}"
 
 
 def _skip_casts(node: Any) -> fx.Node | None:

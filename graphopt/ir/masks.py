@@ -27,7 +27,8 @@ class MaskForm:
     """What a mask means: query row r is at key position r + ``offset`` and sees key k
     when ``k <= r + offset`` (causal), ``k > r + offset - window``, and ``key_mask``.
 
-    ``pattern`` is full, causal or sliding-window; ``key_mask`` a bool [B, Skv] node.
+    ``pattern`` is full, causal or sliding-window; ``key_mask`` a bool [B|1, >= Skv]
+    node, of which column ``key_start`` speaks of key 0.
     ``finite`` masks hide with a dtype's lowest number, not minus infinity: softmax of
     a row without any visible key is then its mean value, not NaN or zero.
     """
@@ -37,15 +38,19 @@ class MaskForm:
     window: int = 0
     key_mask: fx.Node | None = None
     finite: bool = False
+    key_start: Any = sympy.S.Zero
 
 
 class UnknownMaskError(ValueError):
     """The mask is not one of the known forms; the message says why."""
 
 
-def read_mask(mask: fx.Node, evaluator: Evaluator) -> MaskForm:
+def read_mask(
+    mask: fx.Node, evaluator: Evaluator, *, one_query: bool = False
+) -> MaskForm:
     """Return the form of a bool or additive float mask [B|1, H|1, Sq, Skv].
 
+    ``one_query`` says that Sq is 1 (decode): the only row is row 0.
     Raises UnknownMaskError for biases, masks that are data, and anything else that is
     not a conjunction of the known conditions.
     """
@@ -56,10 +61,10 @@ def read_mask(mask: fx.Node, evaluator: Evaluator) -> MaskForm:
         shown, finite = visible(value.expr)
     except UnknownOperatorError as error:
         raise UnknownMaskError(f"{error}{_why(evaluator, value.expr)}") from None
-    reader = _Reader(evaluator)
+    reader = _Reader(evaluator, sympy.S.Zero if one_query else QUERY)
     for part in _conjuncts(shown):
         reader.take(part)
-    return replace(reader.form(), finite=finite)
+    return replace(reader.form(), finite=finite, key_start=reader.key_start)
 
 
 def _why(evaluator: Evaluator, expr: Any) -> str:
@@ -83,11 +88,13 @@ def _conjuncts(expr: Any) -> list[Any]:
 class _Reader:
     """Collects the conjuncts of one mask."""
 
-    def __init__(self, evaluator: Evaluator) -> None:
+    def __init__(self, evaluator: Evaluator, query: Any) -> None:
         self.evaluator = evaluator
+        self.query = query
         self.upper: list[Any] = []
         self.lower: list[Any] = []
         self.key_mask: fx.Node | None = None
+        self.key_start: Any = sympy.S.Zero
 
     def take(self, part: Any) -> None:
         if isinstance(part, (sympy.Ge, sympy.Gt, sympy.Le, sympy.Lt)):
@@ -107,7 +114,7 @@ class _Reader:
         if slack.has(Load):
             raise UnknownMaskError("positions are data")
         along_key = sympy.diff(slack, KEY)
-        rest = sympy.expand(slack - along_key * (KEY - QUERY))
+        rest = sympy.expand(slack - along_key * (KEY - self.query))
         if along_key not in (1, -1) or rest.free_symbols & set(J):
             raise UnknownMaskError(f"the condition {part}")
         if along_key == -1:  # rest - (k - r) >= 0
@@ -123,13 +130,15 @@ class _Reader:
         node = self.evaluator.loads[int(number)]
         shape = shape_of(node) or ()
         one_row = len(indices) == 2 and size_expr(shape[0]) == 1
-        wanted = [sympy.Integer(0) if one_row else BATCH, KEY]
-        if list(indices) != wanted:
+        row = sympy.S.Zero if one_row else BATCH
+        start = sympy.expand(indices[-1] - KEY)
+        at_key = start.is_nonnegative and not start.free_symbols & set(J)
+        if indices[:-1] != [row] or not at_key or start.has(Load):
             why = _why(self.evaluator, part)
             raise UnknownMaskError(f"the mask is data: {node.name} at {indices}{why}")
         if value_of(node).dtype != torch.bool or self.key_mask is not None:
             raise UnknownMaskError("more than one key mask, or one that is not bool")
-        self.key_mask = node
+        self.key_mask, self.key_start = node, start
 
     def form(self) -> MaskForm:
         """Return what the conjuncts amount to."""

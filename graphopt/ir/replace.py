@@ -10,7 +10,14 @@ import torch
 from torch import fx
 
 from graphopt.ir.attention import AttentionSite
-from graphopt.ir.match import float_of, shape_of, size_expr, value_of
+from graphopt.ir.match import (
+    float_of,
+    same_size,
+    shape_of,
+    size_expr,
+    sizes_of,
+    value_of,
+)
 from graphopt.ir.sizes import size_argument
 
 
@@ -72,15 +79,28 @@ def _shared(graph: fx.Graph, site: AttentionSite, min_tokens: int) -> tuple[Any,
 
 def _key_mask(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
     """A mask of one row holds for every batch row; the op wants [B, Skv]."""
-    mask = site.key_mask
-    if mask is None:
+    if site.key_mask is None:
         return None
+    mask = _columns(graph, site, site.key_mask)
     batch = (shape_of(site.query) or ())[0]
     if size_expr((shape_of(mask) or ())[0]) == size_expr(batch):
         return mask
     rows = size_argument(graph, size_expr(batch), [site.query])
     node = graph.call_method("expand", (mask, rows, -1))
     node.meta["example_value"] = value_of(mask).expand(batch, -1)
+    return node
+
+
+def _columns(graph: fx.Graph, site: AttentionSite, mask: fx.Node) -> fx.Node:
+    """A mask may be wider than the keys that a cache still holds."""
+    kv_len = size_expr(site.kv_len)
+    if site.key_start == 0 and same_size(sizes_of(mask)[1], kv_len):
+        return mask
+    sources = [site.key, site.query, mask]
+    start, length = (size_argument(graph, e, sources) for e in (site.key_start, kv_len))
+    node = graph.call_method("narrow", (mask, 1, start, length))
+    values = (value_of(start), value_of(length))
+    node.meta["example_value"] = value_of(mask).narrow(1, *values)
     return node
 
 

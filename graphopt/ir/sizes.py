@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -10,6 +11,14 @@ import torch
 from torch import fx
 
 from graphopt.ir.match import size_expr, value_of
+
+# By name: torch has a Max and Min of its own. A sliding cache keeps at most its window.
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "Max": torch.sym_max,
+    "Min": torch.sym_min,
+}
 
 
 def size_argument(graph: fx.Graph, expr: Any, sources: list[fx.Node]) -> Any:
@@ -28,9 +37,9 @@ def size_argument(graph: fx.Graph, expr: Any, sources: list[fx.Node]) -> Any:
         for axis, size in enumerate(value_of(source).shape):
             if size_expr(size) == expr:
                 return _node(graph, torch.ops.aten.sym_size.int, (source, axis), size)
-    if not (expr.is_Add or expr.is_Mul):
+    function = _FUNCTIONS.get(type(expr).__name__)
+    if function is None:
         raise ValueError(f"no input shows the size {expr}")
-    function = operator.add if expr.is_Add else operator.mul
     parts = [size_argument(graph, part, sources) for part in expr.args]
     total = parts[0]
     for part in parts[1:]:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from torch import fx
 
+from graphopt.ir.eager import why_not
 from graphopt.ir.ffn import is_linear
 from graphopt.ir.match import op_name, shape_of
 
@@ -31,7 +32,7 @@ def _reason(node: fx.Node, sites: Collection[fx.Node]) -> str:
         return f"attention by {name}"
     if name != "softmax" or _feeds(node, sites) or _chooses_experts(node):
         return ""
-    return "a softmax in no known attention"
+    return f"a softmax in no known attention: {why_not(node)}"
 
 
 def _sizes(node: fx.Node) -> str:
