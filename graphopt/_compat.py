@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,6 +71,38 @@ def fake_mode_of(gm: fx.GraphModule) -> Any:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return None
+
+
+def new_fake_mode() -> Any:
+    """Return a fake mode without symbols, apart from the one Dynamo traced under."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+@contextmanager
+def trying_fakes() -> Iterator[None]:
+    """Keep torch from logging an error where an operator refuses fake tensors.
+
+    It logs a traceback before it raises; to a caller that tries sizes that is noise.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def size_hint(value: Any) -> Any:
+    """Return the number that a symbolic int or float had when it was traced.
+
+    A number is its own; None is for sizes that depend on data. Asking the value itself
+    (``int(size)``) would add a guard that fixes it.
+    """
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    return value.node.hint if value.node.has_hint() else None
 
 
 def is_fake(value: object) -> bool:

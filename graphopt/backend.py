@@ -74,6 +74,8 @@ def rewrite(
         eliminate_dead_code(gm)
         model = ModelGraph(gm)
         structure, kind = structure_rows(model), model.kind
+        # Before the passes: what they write was never there to recognise.
+        unrecognised = [missed(*row) for row in model.missed()]
         before = graph_text(gm)
     original = copy_module(gm) if _wants_numbers(options) else None
     with _timed(seconds, "passes"):
@@ -83,7 +85,7 @@ def rewrite(
     gm.recompile()
     config = options.config.text()
     report = CompileReport(kind, config, structure, records, seconds=seconds)
-    report.remarks += [missed(*r) for r in model.missed()]
+    report.remarks += unrecognised
     report.key = report_key([before, config, torch.__version__])
     changed = any(record.changed for record in records)
     return report, original if changed else None

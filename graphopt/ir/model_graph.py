@@ -12,6 +12,7 @@ from graphopt.ir.attention import AttentionSite, find_attention
 from graphopt.ir.ffn import FfnSite, find_ffn
 from graphopt.ir.match import size_expr
 from graphopt.ir.norms import NormSite, find_norms
+from graphopt.ir.symbols import TokenSymbols, find_symbols
 from graphopt.ir.unraised import unraised
 
 
@@ -74,9 +75,21 @@ class ModelGraph:
         return self.attention[0].query_len if self.attention else None
 
     @cached_property
+    def symbols(self) -> TokenSymbols:
+        """Return all sizes over the token count; found by solving in a static graph."""
+        return find_symbols(
+            self.gm, self.attention[0].query if self.attention else None
+        )
+
+    @cached_property
     def token_symbol(self) -> Any:
-        """Return the sympy symbol of the token count, or None where it is a number."""
-        return size_expr(self.tokens) if isinstance(self.tokens, SymInt) else None
+        """Return the sympy symbol of the token count.
+
+        None without attention, and where a static graph leaves a size open.
+        """
+        if isinstance(self.tokens, SymInt):
+            return size_expr(self.tokens)
+        return self.symbols.symbol if self.symbols.reason is None else None
 
     @cached_property
     def kind(self) -> str:
@@ -99,4 +112,7 @@ class ModelGraph:
             if s.unsupported
         ]
         found = unraised(self.gm.graph, used)
-        return rows + [(name, "not-raised", reason) for name, reason in found]
+        rows += [(name, "not-raised", reason) for name, reason in found]
+        if not isinstance(self.tokens, SymInt) and self.symbols.ambiguous:
+            rows.append(("graph", "ambiguous-tokens", str(self.symbols.reason)))
+        return rows
