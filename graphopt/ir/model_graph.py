@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import SymInt, fx
 
 from graphopt.ir.attention import AttentionSite, find_attention
+from graphopt.ir.cache_sites import CacheSite, find_caches
 from graphopt.ir.ffn import FfnSite, find_ffn
+from graphopt.ir.head import (
+    EmbeddingSite,
+    HeadSite,
+    find_embeddings,
+    find_head,
+    token_embedding,
+)
+from graphopt.ir.layers import Layer, between
 from graphopt.ir.match import size_expr
 from graphopt.ir.norms import NormSite, find_norms
+from graphopt.ir.residual import ResidualStream, find_residual
+from graphopt.ir.rotary import RotarySite, find_rotary
 from graphopt.ir.symbols import TokenSymbols, find_symbols
+from graphopt.ir.trunk import Trunk
+from graphopt.ir.unplaced import unplaced
 from graphopt.ir.unraised import unraised
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One transformer layer: its attention, and what follows up to the next one's."""
-
-    index: int
-    attention: AttentionSite
-    ffn: tuple[FfnSite, ...]
-    norms: tuple[NormSite, ...]
 
 
 class ModelGraph:
@@ -51,21 +53,67 @@ class ModelGraph:
         return find_norms(self.gm)
 
     @cached_property
+    def residual(self) -> list[ResidualStream]:
+        """Return the residual streams, one a stack of layers, in graph order."""
+        attention: dict[fx.Node, int | None] = dict.fromkeys(self._unraised)
+        return find_residual(
+            self._trunk, attention | {s.node: s.index for s in self.attention}
+        )
+
+    @cached_property
+    def caches(self) -> list[CacheSite]:
+        """Return the reads and writes of the key-value cache in graph order."""
+        return find_caches(self.gm, self.attention)
+
+    @cached_property
+    def rotary(self) -> list[RotarySite]:
+        """Return the rotary embeddings of queries and keys in graph order."""
+        return find_rotary(self.gm, self.attention, self.caches, self.norms)
+
+    @cached_property
+    def head(self) -> HeadSite | None:
+        """Return the LM head, or None."""
+        return find_head(self.gm, self._embeddings, self._trunk)
+
+    @cached_property
+    def embedding(self) -> EmbeddingSite | None:
+        """Return the embedding of the token ids, or None."""
+        return token_embedding(self._embeddings, self.head)
+
+    @cached_property
+    def _trunk(self) -> Trunk:
+        return Trunk(self.gm.graph, self.norms)
+
+    @cached_property
+    def _unraised(self) -> dict[fx.Node, str]:
+        return unraised(self.gm.graph, {site.node for site in self.attention})
+
+    @cached_property
+    def _embeddings(self) -> list[EmbeddingSite]:
+        return find_embeddings(self.gm)
+
+    @cached_property
     def layers(self) -> list[Layer]:
-        """Return the layers: each attention with the FFNs and norms nearest to it."""
-        if not self.attention:
-            return []
-        order = {node: i for i, node in enumerate(self.gm.graph.nodes)}
+        """Return the layers: each attention with all that belongs to it."""
+        parts = [part for stream in self.residual for part in stream.layers]
+        streams = {index: part for part in parts for index in part.attention}
+        rotary = {site.index: site for site in self.rotary}
+        caches = {site.index: site for site in self.caches}
+        order = self._trunk.order
         starts = [order[site.node] for site in self.attention]
-        ends = [*starts[1:], len(order)]
+        ffn = between(starts, self.ffn, [order[f.down] for f in self.ffn])
+        norms = between(starts, self.norms, [order[n.output] for n in self.norms])
         return [
             Layer(
                 site.index,
                 site,
-                tuple(f for f in self.ffn if start <= order[f.down] < end),
-                tuple(n for n in self.norms if start <= order[n.output] < end),
+                ffn[i],
+                norms[i],
+                streams.get(i),
+                rotary.get(i),
+                caches.get(i),
             )
-            for site, start, end in zip(self.attention, starts, ends, strict=True)
+            for i, site in enumerate(self.attention)
         ]
 
     @cached_property
@@ -111,8 +159,7 @@ class ModelGraph:
             for s in self.attention
             if s.unsupported
         ]
-        found = unraised(self.gm.graph, used)
-        rows += [(name, "not-raised", reason) for name, reason in found]
+        rows += [(n.name, "not-raised", why) for n, why in self._unraised.items()]
         if not isinstance(self.tokens, SymInt) and self.symbols.ambiguous:
             rows.append(("graph", "ambiguous-tokens", str(self.symbols.reason)))
-        return rows
+        return rows + unplaced(self.gm.graph, self.layers)

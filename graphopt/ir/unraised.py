@@ -15,13 +15,10 @@ _CASTS = ("to", "float", "contiguous", "type_as", "reshape", "getitem")
 _OTHER = ("flex_attention", "multi_head_attention_forward", "flash_attn", "varlen_attn")
 
 
-def unraised(graph: fx.Graph, sites: Collection[fx.Node]) -> list[tuple[str, str]]:
-    """Return (node name, reason) of every attention-like node outside ``sites``."""
-    rows = []
-    for node in graph.nodes:
-        reason = _reason(node, sites)
-        rows += [(node.name, reason)] if reason else []
-    return rows
+def unraised(graph: fx.Graph, sites: Collection[fx.Node]) -> dict[fx.Node, str]:
+    """Return every attention-like node outside ``sites``, and the reason."""
+    reasons = {node: _reason(node, sites) for node in graph.nodes}
+    return {node: reason for node, reason in reasons.items() if reason}
 
 
 def _reason(node: fx.Node, sites: Collection[fx.Node]) -> str:
