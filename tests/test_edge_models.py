@@ -32,13 +32,9 @@ def test_a_model_without_attention():
     assert "no-attention" in [r.code for r in report.all_remarks()]
 
 
-@pytest.mark.parametrize(("name", "side"), [("llama", "left"), ("gpt2", "right")])
-def test_a_training_step_on_padded_rows(name, side):
-    model = TINY[name]().train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    ids, mask = token_ids(2, 16), padding_mask([16, 9], 16, side)
+def test_a_training_step_on_padded_rows():
+    model = TINY["llama"]().train()
+    ids, mask = token_ids(2, 16), padding_mask([16, 9], 16)
     labels = ids.masked_fill(mask == 0, -100)
 
     def gradients(function):
@@ -77,18 +73,20 @@ def test_returned_weights_need_the_scores():
 
 @torch.no_grad()
 def test_nan_stays_nan():
-    """A NaN weight gives NaN where the unrewritten model has it, and no failure."""
+    """A NaN weight gives NaN where the unrewritten model has it, and nowhere else."""
     model = TINY["llama"]()
     model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
     inputs = {
         "input_ids": token_ids(2, 12),
         "attention_mask": padding_mask([12, 7], 12),
     }
-    expected = model(**inputs, use_cache=False).logits
-    actual = compiled(model, verify="numeric")(**inputs, use_cache=False).logits
-    assert expected.isnan().any()
-    assert torch.equal(actual.isnan(), expected.isnan())
-    assert not [r for r in last_reports()[-1].all_remarks() if r.kind == "failure"]
+    (gm,) = capture(model, **inputs, use_cache=False)
+    (before,) = gm(*gm.meta["arguments"])
+    assert run_passes(gm, load_config(None).pipeline)[0].changed
+    gm.recompile()
+    (after,) = gm(*gm.meta["arguments"])
+    assert before.isnan().any()
+    assert torch.equal(after.isnan(), before.isnan())
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def text_config(config: Any, model_class: Any) -> Any:
     """Return the part of ``config`` that ``model_class`` takes."""
     wanted = model_class.config_class
     parts = [config, *(v for v in vars(config).values())]
-    return next(p for p in parts if isinstance(p, wanted))
+    return next((p for p in parts if isinstance(p, wanted)), config)
 
 
 def shrunk(kind: type) -> dict[str, Any]:
@@ -80,9 +80,12 @@ _ROPE = {"full_attention": {"rope_theta": 10000.0, "rope_type": "default"}}
 _GIVEN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": _ROPE},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
