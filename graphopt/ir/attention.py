@@ -12,6 +12,7 @@ from graphopt import ops as _ops  # noqa: F401  registers graphopt::attention
 from graphopt.ir.index_expr import Evaluator
 from graphopt.ir.masks import MaskForm, UnknownMaskError, read_mask
 from graphopt.ir.match import (
+    at_least_zero,
     op_name,
     same_size,
     shape_of,
@@ -135,9 +136,21 @@ def with_mask(
     return _with_form(site, form)
 
 
+def every_row_sees_a_key(site: AttentionSite) -> bool:
+    """Tell whether the pattern by itself shows each query some key."""
+    if site.pattern == "full":
+        return True
+    if not site.window:
+        return at_least_zero(site.offset)
+    beyond = size_expr(site.kv_len) - size_expr(site.query_len) - site.offset
+    return at_least_zero(site.offset) and at_least_zero(beyond + site.window - 1)
+
+
 def _with_form(site: AttentionSite, form: MaskForm) -> AttentionSite:
     site = replace(site, pattern=form.pattern, window=form.window, offset=form.offset)
     site = replace(site, hides_finitely=form.finite)
+    if form.finite and not every_row_sees_a_key(site):
+        return replace(site, unsupported="rows that see no key average all values")
     if form.key_mask is None:
         return site
     rows, batch = sizes_of(form.key_mask)[0], sizes_of(site.query)[0]

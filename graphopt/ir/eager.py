@@ -7,7 +7,12 @@ from typing import Any
 
 from torch import fx
 
-from graphopt.ir.attention import AttentionSite, checked, with_mask
+from graphopt.ir.attention import (
+    AttentionSite,
+    checked,
+    every_row_sees_a_key,
+    with_mask,
+)
 from graphopt.ir.dce import drops
 from graphopt.ir.index_expr import Evaluator
 from graphopt.ir.match import argument, float_of, op_name, shape_of, value_of
@@ -73,7 +78,9 @@ def _site(
 
 def _without_nan(site: AttentionSite) -> AttentionSite:
     """Softmax of a row of minus infinities is NaN, where the op gives zeros."""
-    if site.key_mask is None or site.hides_finitely:
+    if site.unsupported or site.hides_finitely or site.mask is None:
+        return site
+    if site.key_mask is None and every_row_sees_a_key(site):
         return site
     return replace(site, unsupported="rows that see no key become NaN")
 

@@ -19,7 +19,7 @@ from graphopt.ir.mask_values import (
     UnknownOperatorError,
     visible,
 )
-from graphopt.ir.match import shape_of, size_expr, value_of
+from graphopt.ir.match import at_least_zero, shape_of, size_expr, value_of
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class _Reader:
         one_row = len(indices) == 2 and size_expr(shape[0]) == 1
         row = sympy.S.Zero if one_row else BATCH
         start = sympy.expand(indices[-1] - KEY)
-        at_key = start.is_nonnegative and not start.free_symbols & set(J)
+        at_key = not start.free_symbols & set(J) and at_least_zero(start)
         if indices[:-1] != [row] or not at_key or start.has(Load):
             why = _why(self.evaluator, part)
             raise UnknownMaskError(f"the mask is data: {node.name} at {indices}{why}")

@@ -138,6 +138,25 @@ def same_size(left: Any, right: Any) -> bool:
     return bool(left == right or sympy.expand(left - right) == 0)
 
 
+def at_least_zero(expr: Any) -> bool:
+    """Tell whether a size is zero or more for every input; maxima are looked into.
+
+    An expression has its value at one of the operands of any Max or Min in it.
+    """
+    if expr.is_nonnegative:
+        return True
+    extremes = [e for e in sympy.preorder_traversal(expr) if _is_extreme(e)]
+    if not extremes:
+        return False
+    cases = [expr.xreplace({extremes[0]: part}) for part in extremes[0].args]
+    return all(at_least_zero(sympy.expand(case)) for case in cases)
+
+
+def _is_extreme(expr: Any) -> bool:
+    # By name: torch has a Max and Min of its own.
+    return type(expr).__name__ in ("Max", "Min")
+
+
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     """Return an argument given by position or by keyword."""
     if len(node.args) > index:

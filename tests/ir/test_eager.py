@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import sympy
 import torch
 from torch.nn import functional as F
+from torch.utils._sympy.functions import Max, Min
 
 from graphopt.config import load_config
 from graphopt.ir.dce import eliminate_dead_code
-from graphopt.ir.match import op_name
+from graphopt.ir.match import at_least_zero, op_name
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.pipeline import run_passes
 
@@ -136,6 +138,28 @@ def test_padding_that_gives_nan(lowest, text):
 
     padding = torch.ones(2, 12, dtype=torch.bool)
     assert reason(function, *tensors(), padding) == text
+
+
+@pytest.mark.parametrize(
+    ("lowest", "text"), [(float("-inf"), "become NaN"), (-1e9, "average all values")]
+)
+def test_a_first_row_without_keys(lowest, text):
+    """Strictly earlier keys only: row 0 sees none."""
+
+    def function(q, k, v):
+        mask = torch.full((q.shape[2], q.shape[2]), lowest).triu(0)
+        return (q @ k.transpose(-1, -2) + mask).softmax(-1) @ v
+
+    assert text in reason(function, *tensors())
+
+
+def test_at_least_zero():
+    a, b = sympy.symbols("a b", integer=True, positive=True)
+    assert at_least_zero(a - 1)
+    assert at_least_zero(a - sympy.Max(0, a - b + 1))
+    assert not at_least_zero(a - sympy.Max(0, a - b) - 2)
+    assert at_least_zero(Max(0, a - b) + Min(a, b))
+    assert not at_least_zero(a - b)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
