@@ -2,8 +2,9 @@
 
 Limits: CUDA C++ Programming Guide, technical specifications per compute capability
 (opt-in shared memory of a block), and the CDNA3 ISA guide (LDS of a workgroup). Tiles
-are starting points: chosen so that nothing spills and shared memory fits, then tuned
-where there is a device (`graphopt.codegen.triton.tune`).
+are starting points: chosen so that shared memory fits and nothing spills (with every
+option of a kernel on, a few words outside its loops), then tuned where there is a
+device (`graphopt.codegen.triton.tune`).
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ TARGETS = {
 # used where nothing can be tuned; the others are what tuning tries.
 _HALF: dict[str, dict[int, tuple[Tile, ...]]] = {
     "sm_80": {
-        64: (Tile(128, 128, 8, 2), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-        128: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)),
+        64: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(128, 128, 8, 2)),
+        128: (Tile(128, 32, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 3)),
         256: (Tile(64, 32, 8, 2), Tile(64, 64, 8, 1)),
     },
     "sm_90": {
@@ -82,6 +83,7 @@ _HALF: dict[str, dict[int, tuple[Tile, ...]]] = {
     },
     "sm_100": {
         64: (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+        96: (Tile(128, 64, 8, 3), Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),
         128: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(128, 32, 8, 3)),
         256: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 3), Tile(64, 32, 8, 2)),
     },
@@ -130,7 +132,9 @@ def tiles(
     if query_len > _SHORT_ROWS:
         return table[width]
     short = min(table[width], key=lambda t: t.block_m)
-    return (Tile(_SHORT_ROWS, short.block_n, 4, short.num_stages),)
+    if short.block_m > _SHORT_ROWS:
+        short = Tile(_SHORT_ROWS, short.block_n, 4, short.num_stages)
+    return (short,)
 
 
 @cache

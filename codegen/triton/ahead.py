@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from graphopt.codegen.triton.spec import AttentionSpec
 from graphopt.errors import KernelError
 
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+# What Triton turns into constants in a call with dense inputs.
+_UNIT_STRIDES = ("q_stride_d", "k_stride_d", "v_stride_d", "mask_stride_n")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Compiled:
     """Bytes of spilled registers of a thread."""
     has_wgmma: bool
     """Uses Hopper's warp-group matrix instructions."""
-    assembly: str
+    assembly: str = field(repr=False)
     """PTX or AMD GCN text."""
 
 
@@ -71,7 +74,7 @@ def compile_ahead(
 def _signature(spec: AttentionSpec, names: list[str], tile: Tile) -> tuple[Any, ...]:
     """Return types, constants and alignment, as a dense call would specialise them."""
     constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-    constants |= dict.fromkeys(("q_stride_d", "k_stride_d", "v_stride_d"), 1)
+    constants |= dict.fromkeys(_UNIT_STRIDES[: 4 if spec.has_key_mask else 3], 1)
     signature = {name: _type(spec, name) for name in names}
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = [
