@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sympy
@@ -36,8 +37,13 @@ class Bounds:
     partial: tuple[Section, ...]
 
 
-def print_bounds(runs: Sequence[KeyRun]) -> Bounds:
-    """Return the bounds of ``runs`` as text over q_first, q_last, sink and window."""
+@cache
+def print_bounds(runs: tuple[KeyRun, ...]) -> Bounds:
+    """Return the bounds of ``runs`` as text over q_first, q_last, sink and window.
+
+    Kept, because sympy takes longer than all the rest of an emission and the kernels of
+    a pattern share their bounds.
+    """
     lines: list[str] = []
     full: list[tuple[str, str]] = []
     partial: list[tuple[str, str]] = []
