@@ -145,9 +145,10 @@ def _cuda(
     plain = is_dense_causal(query, key, key_mask, query_offset, softcap)
     if pattern == "causal" and plain:
         return dense_causal(query, key, value, scale)
-    return triton_attention.launch(
-        query, key, value, key_mask, pattern, sink, window, query_offset, scale, softcap
-    )
+    arguments = (pattern, sink, window, query_offset, scale, softcap)
+    if not triton_attention.supports(query.dtype):
+        return attention_reference(query, key, value, key_mask, *arguments)
+    return triton_attention.launch(query, key, value, key_mask, *arguments)
 
 
 def _effective(pattern: str, key: Tensor, min_tokens: int) -> str:
