@@ -28,7 +28,7 @@ class CacheState:
 
     ``past`` [B, Hkv, P, D] is what earlier calls left, None in a first prefill;
     ``new`` [B, Hkv, Sq, D] what this call adds, None where the cache is only read;
-    ``attended`` [B, Hkv, Skv, D] what attention sees, before any repeat of heads;
+    ``attended`` [B, Hkv, Skv, D] what attention sees, the site's key or value;
     ``kept`` what later calls find: an output of the graph, or the buffer written to.
     """
 

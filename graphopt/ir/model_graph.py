@@ -55,10 +55,8 @@ class ModelGraph:
     @cached_property
     def residual(self) -> list[ResidualStream]:
         """Return the residual streams, one a stack of layers, in graph order."""
-        attention: dict[fx.Node, int | None] = dict.fromkeys(self._unraised)
-        return find_residual(
-            self._trunk, attention | {s.node: s.index for s in self.attention}
-        )
+        sites: dict[fx.Node, int | None] = {s.node: s.index for s in self.attention}
+        return find_residual(self._trunk, sites or dict.fromkeys(self._unraised))
 
     @cached_property
     def caches(self) -> list[CacheSite]:

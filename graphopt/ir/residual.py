@@ -18,7 +18,7 @@ from graphopt.ir.trunk import SELECTING, Trunk, width
 class LayerStream:
     """A layer's part of the stream: ``input`` and ``output`` [B, S, H], its adds.
 
-    All that the layer computes from ``input`` reaches later layers by ``output``, keys
+    ``input`` and what the layer computes from it reach later layers by ``output``, keys
     and values apart. ``output`` is the next layer's ``input`` unless tokens are
     selected in between.
     """
@@ -51,8 +51,8 @@ def find_residual(
 ) -> list[ResidualStream]:
     """Return the residual streams of a graph: one a stack (encoder, decoder, tower).
 
-    ``attention`` are the nodes of attention and their sites' indices; None for one that
-    was not raised.
+    ``attention`` are the nodes of attention and their sites' indices; None where none
+    was raised, so that a softmax stands for it.
     """
     streams = [_cut(groups, trunk) for groups in scan_streams(trunk, attention)]
     for place, (before, after) in enumerate(pairwise(streams)):
@@ -106,16 +106,16 @@ def _end(groups: list[Group], last: int, trunk: Trunk) -> fx.Node:
 
 
 def _leaks(part: LayerStream, trunk: Trunk) -> bool:
-    """Tell whether a hidden state of inside the layer is used after its end."""
+    """Tell whether a hidden state that is not the output is used after the layer."""
     start, end = trunk.order[part.input], trunk.order[part.output]
     channels, inside = width(part.input), {part.input}
-    for node in trunk.nodes[start + 1 : end]:
-        if inside.isdisjoint(node.all_input_nodes):
+    for node in trunk.nodes[start:end]:
+        if node is not part.input and inside.isdisjoint(node.all_input_nodes):
             continue
         inside.add(node)
         if width(node) == channels and len(shape_of(node) or ()) > 1:
-            later = [u for u in node.users if u.op != "output"]
-            if any(trunk.order[user] > end for user in later):
+            later = [user for user in node.users if trunk.order[user] > end]
+            if any(shape_of(user) is not None for user in later):
                 return True
     return False
 

@@ -18,7 +18,6 @@ from graphopt.ir.match import op_name, shape_of
 from graphopt.ir.trunk import Trunk, is_floating, width
 
 _ADDS = ("add", "iadd", "add_")
-_ATTENTIONS = 4  # of one branch, at most
 
 
 @dataclass(frozen=True)
@@ -105,27 +104,33 @@ class _Scan:
 
     def _start(self, node: fx.Node, path: list[fx.Node], branch: fx.Node) -> bool:
         """Begin a stream where the latest attention first comes back to one."""
-        place = bisect_left(self._places, self.trunk.order[node])
-        if not place or self._site(place - 1) in self._joined:
+        place = bisect_left(self._places, self.trunk.order[node]) - 1
+        if place < 0 or self._site(place) in self._joined:
             return False
-        known = self.trunk.ancestors(branch, self._floor(place), set(path))
-        read = next((n for n in path if n in known), None)
-        if read is None or self._site(place - 1) not in known:
-            return False
-        groups = [Group([read])]
-        self.streams.append(groups)
-        self._add(groups, node, branch, known)
-        return True
+        for floor in self._floors(place):
+            known = self.trunk.ancestors(branch, floor, set(path))
+            if self._site(place) not in known:
+                continue
+            attends = self.trunk.ancestors(self._site(place), floor, set(path))
+            read = next((n for n in path if n in attends), None)
+            if read is not None:
+                groups = [Group([read])]
+                self.streams.append(groups)
+                self._add(groups, node, branch, known)
+                return True
+        return False
 
-    def _floor(self, place: int) -> int:
-        """Return a place that the branch of the attention before ``place`` is behind.
+    def _floors(self, place: int) -> list[int]:
+        """Return what the branch of the attention at ``place`` may be behind.
 
-        One branch may hold several attentions; that of the layer before is no part.
+        The attention before it; or that before this one, when the two stand side by
+        side in one branch, as in differential attention.
         """
-        for earlier in range(place - 2, max(place - 2 - _ATTENTIONS, -1), -1):
-            if self._site(earlier) in self._joined:
-                return self._places[earlier] + 1
-        return self._places[place - 1 - _ATTENTIONS] + 1 if place > _ATTENTIONS else 0
+        before = [self._places[i] + 1 if i >= 0 else 0 for i in (place - 1, place - 2)]
+        if place == 0 or self._site(place - 1) in self._joined:
+            return before[:1]
+        behind = self.trunk.ancestors(self._site(place), before[1], ())
+        return before[:1] if self._site(place - 1) in behind else before
 
     def _site(self, place: int) -> fx.Node:
         return self.trunk.nodes[self._places[place]]

@@ -1,8 +1,8 @@
 """Paths along the residual stream: what carries a token's hidden state unchanged.
 
 The *trunk* of a node leads back through operators that keep each token's vector as it
-is or only normalise, scale, reshape or select it. A linear ends it: from there on the
-value belongs to a branch (attention or FFN).
+is or only normalise, scale, shift, reshape or select it. A linear ends it: from there
+on the value belongs to a branch (attention or FFN).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from graphopt.ir.match import float_of, op_name, shape_of, sizes_of
 from graphopt.ir.norms import NormSite
 
 _KEEPING = (*CASTS, "dropout", "contiguous", "clone", "detach", "reshape", "flatten")
-_SCALING = ("mul", "imul", "mul_", "div", "itruediv", "div_")
+_COMMUTING = ("mul", "imul", "mul_", "add", "iadd", "add_")  # with a scale or bias
+_SCALING = (*_COMMUTING, "div", "itruediv", "div_")
 # Operators that keep some of the tokens.
 SELECTING = ("getitem", "gather", "index_select", "take_along_dim", "narrow")
 _MAX_STEPS = 24  # between two residual adds; more than any architecture has
@@ -107,13 +108,12 @@ def is_floating(node: fx.Node) -> bool:
 
 
 def _scaled(node: fx.Node) -> fx.Node | None:
-    """Return x of x * scale, scale * x or x / scale."""
+    """Return x of x * scale, x + bias (in either order) or x / scale."""
     left, right = (*node.args, None, None)[:2]
     if isinstance(left, fx.Node) and _is_scale(right):
         return left
-    if op_name(node) == "mul" and isinstance(right, fx.Node) and _is_scale(left):
-        return right
-    return None
+    commutes = op_name(node) in _COMMUTING and _is_scale(left)
+    return right if commutes and isinstance(right, fx.Node) else None
 
 
 def _is_scale(value: object) -> bool:

@@ -178,12 +178,14 @@ def test_selected_tokens_stay_on_the_stream():
     assert len(second.residual_adds) == 2
 
 
-def test_a_hidden_state_that_bypasses_the_end_of_its_layer_is_reported():
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_hidden_state_that_bypasses_the_end_of_its_layer_is_reported(inside):
     copy = copy_module(view("llama").gm)
     first, second = ModelGraph(copy).layers
+    hidden = first.residual_adds[0].node if inside else first.input
     with copy.graph.inserting_after(second.output):
-        args = (first.residual_adds[0].node, second.output)
-        copy.graph.call_function(torch.maximum, args)
+        late = copy.graph.call_function(torch.maximum, (hidden, second.output))
+    late.meta["example_value"] = value_of(hidden)
     model = ModelGraph(copy)
     assert model.layers[0].input is None
     assert model.layers[0].output is None
