@@ -19,7 +19,7 @@ from graphopt.ir.constants import fold_float_attributes
 from graphopt.ir.copying import copy_module
 from graphopt.ir.dce import eliminate_dead_code
 from graphopt.ir.model_graph import ModelGraph
-from graphopt.ir.structure import structure_rows
+from graphopt.ir.structure import ends_text, structure_rows
 from graphopt.ir.text import graph_text
 from graphopt.options import BackendOptions, parse_options
 from graphopt.outline import Outlined, compile_outlined
@@ -74,6 +74,7 @@ def rewrite(
         eliminate_dead_code(gm)
         model = ModelGraph(gm)
         structure, kind = structure_rows(model), model.kind
+        ends = ends_text(model)
         # Before the passes: what they write was never there to recognise.
         unrecognised = [missed(*row) for row in model.missed()]
         before = graph_text(gm)
@@ -85,6 +86,7 @@ def rewrite(
     gm.recompile()
     config = options.config.text()
     report = CompileReport(kind, config, structure, records, seconds=seconds)
+    report.ends = ends
     report.remarks += unrecognised
     report.key = report_key([before, config, torch.__version__])
     changed = any(record.changed for record in records)

@@ -18,6 +18,7 @@ from graphopt.remarks import Remark
 class CompileReport:
     """One compiled graph.
 
+    ``structure`` has a row a layer, ``ends`` names embedding, final norm and LM head.
     ``seconds`` holds the wall time of each stage (raise, passes, compile), ``cost`` the
     predicted FLOPs and bytes before and after, ``kernels`` the emitted files.
     """
@@ -31,6 +32,7 @@ class CompileReport:
     cost: dict[str, Any] = field(default_factory=dict)
     kernels: list[str] = field(default_factory=list)
     key: str = ""
+    ends: str = ""
     directory: Path | None = None
 
     def all_remarks(self) -> list[Remark]:
@@ -52,6 +54,7 @@ class CompileReport:
             "key": self.key,
             "config": self.config,
             "structure": self.structure,
+            "ends": self.ends,
             "remarks": [r.as_dict() for r in self.all_remarks()],
             "passes": [_pass_dict(record) for record in self.records],
             "seconds": self.seconds,

@@ -62,6 +62,8 @@ def _print_graph(traced: Traced, index: int, tokens: int) -> None:
     report, cost = traced.reports[index], traced.costs[index]
     title = f"graph {index}: {report.kind}; passes: {report.config or 'none'}"
     _print_rows(title, merged(report.structure, "layer"))
+    if report.ends:
+        stdout().print(report.ends, soft_wrap=True)
     names = ("pass_name", "site", "kind", "code", "message")
     remarks = [{n: getattr(r, n) for n in names} for r in report.all_remarks()]
     _print_rows("remarks", merged(remarks, "site"))

@@ -21,6 +21,7 @@ _ON_IDS = (*CASTS, "reshape", "long", "int", "contiguous", "clone", "expand", "g
 _TRANSPOSES = ("getattr", "t", "transpose")
 _FILLING = ("where", "masked_fill")
 _MAX_STEPS = 12
+_INPUT_ONLY = 16  # at most one id of so many is never predicted
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,21 @@ def find_head(
     A graph without an embedding (``inputs_embeds``) shows no vocabulary, so that its
     head stays unknown.
     """
-    vocabularies = {e.vocabulary for e in embeddings} - {None}
     weights = [e.weight for e in embeddings]
     for output in _outputs(gm.graph):
         linear = _linear_before(output)
-        if linear is not None and width(linear) in vocabularies:
+        if linear is not None and any(_predicts(linear, e) for e in embeddings):
             return _head(linear, output, weights, trunk)
     return None
+
+
+def _predicts(linear: fx.Node, embedding: EmbeddingSite) -> bool:
+    """Tell whether ``linear`` scores the ids of ``embedding``.
+
+    A few ids, of images or padding, may be inputs only; a classifier has far less rows.
+    """
+    rows, ids = width(linear) or 0, embedding.vocabulary or 0
+    return 0 <= ids - rows <= ids // _INPUT_ONLY
 
 
 def token_embedding(
@@ -97,9 +106,8 @@ def token_embedding(
     The one whose weight is tied to the head, or that has its number of rows, or the
     only one; the last of several that share a weight (a decoder's). Otherwise None.
     """
-    rows = width(head.logits) if head is not None else None
     tied = [e for e in embeddings if head is not None and e.weight is head.weight]
-    alike = [e for e in embeddings if e.vocabulary == rows]
+    alike = [e for e in embeddings if head is not None and _predicts(head.logits, e)]
     found = tied or alike or list(embeddings)
     return found[-1] if len({e.weight for e in found}) == 1 else None
 

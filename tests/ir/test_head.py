@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from graphopt.backend import rewrite
+from graphopt.ir.copying import copy_module
 from graphopt.ir.match import op_name, sizes_of
+from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.structure import ends_text, structure_rows
-from tests.ir.views import LENGTH, later_view, values, view
+from graphopt.options import parse_options
+from tests.ir.views import LENGTH, build, later_view, values, view
+from tests.models import capture, token_ids
 
 TIED = ("gemma3", "gpt2", "opt", "falcon", "bloom", "cohere", "bart")
 UNTIED = ("llama", "phi3", "gpt_neox", "mixtral", "gpt_oss", "granite", "gptj")
@@ -106,6 +112,15 @@ def test_logits_are_the_product_of_input_and_weight(name):
     assert torch.equal(found[head.logits] * scaled, found[head.output])
 
 
+@pytest.mark.parametrize(("rows", "found"), [(96, True), (50, False)])
+def test_a_head_has_a_row_for_nearly_every_id(rows, found):
+    model = build("llama")
+    model.lm_head = nn.Linear(64, rows)
+    (gm,) = capture(model, input_ids=token_ids(2, LENGTH))
+    assert (ModelGraph(gm).head is not None) == found
+    assert ModelGraph(gm).embedding.vocabulary == 100
+
+
 @pytest.mark.parametrize("name", ["bert", "vit"])
 def test_a_pooler_is_no_head(name):
     model = view(name)
@@ -134,6 +149,12 @@ def test_static_shapes():
 )
 def test_both_ends_as_text(name, text):
     assert ends_text(view(name)) == text
+
+
+def test_the_report_names_both_ends():
+    copy = copy_module(view("llama").gm)
+    report, _ = rewrite(copy, parse_options({"config": "structured-mask"}))
+    assert report.as_dict()["ends"] == ends_text(view("llama"))
 
 
 @pytest.mark.parametrize(
