@@ -23,9 +23,13 @@ from graphopt.codegen.targets import Target, Tile, tiles
 from graphopt.codegen.triton.attention import load
 from graphopt.codegen.triton.interpreter import is_interpreted
 from graphopt.codegen.triton.spec import AttentionSpec
+from graphopt.codegen.triton.visit import visit_tile
 from graphopt.errors import KernelError
 
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+_LISTS = ("runs_ptr", "run_count_ptr", "columns_ptr", "column_count_ptr")
+_RUN_STEPS = 13  # for up to 8191 runs a head
 
 # What Triton turns into constants in a call with dense inputs.
 _UNIT_STRIDES = ("q_stride_d", "k_stride_d", "v_stride_d", "mask_stride_n")
@@ -63,7 +67,8 @@ def compile_ahead(
     from triton.compiler import ASTSource
 
     width = max(spec.head_dim, spec.value_dim)
-    tile = tile or tiles(target, width, spec.dtype)[0]
+    first = visit_tile(spec) if spec.is_visit else tiles(target, width, spec.dtype)[0]
+    tile = tile or first
     kernel = load(spec).attention
     signature, constants, attributes = _signature(spec, kernel.arg_names, tile)
     source = ASTSource(kernel, signature, constants, attributes)
@@ -75,6 +80,7 @@ def _signature(spec: AttentionSpec, names: list[str], tile: Tile) -> tuple[Any, 
     """Return types, constants and alignment, as a dense call would specialise them."""
     constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     constants |= dict.fromkeys(_UNIT_STRIDES[: 4 if spec.has_key_mask else 3], 1)
+    constants |= {"RUN_STEPS": _RUN_STEPS} if spec.is_visit else {}
     signature = {name: _type(spec, name) for name in names}
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = [
@@ -88,6 +94,8 @@ def _signature(spec: AttentionSpec, names: list[str], tile: Tile) -> tuple[Any, 
 def _type(spec: AttentionSpec, name: str) -> str:
     if name == "mask_ptr":
         return "*u8"
+    if name in _LISTS or (name == "dense_rows" and spec.per_head):
+        return "*i32"
     if name.endswith("_ptr"):
         return _POINTERS[spec.dtype]
     if name in ("sink", "window"):

@@ -48,7 +48,7 @@ def launch(
     need Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported).
     Raises KernelError for a dtype or a device that has no kernel.
     """
-    _require_runnable(query)
+    require_runnable(query)
     spec = _spec(query, key, value, key_mask, pattern, (sink, window), softcap)
     batch, num_heads, query_len, head_dim = query.shape
     out = query.new_empty((batch, num_heads, query_len, value.shape[-1]))
@@ -66,7 +66,7 @@ def launch(
         out,
     ]
     given = {"sink": sink, "window": window}
-    arguments += [_argument(spec, given[name], query) for name in spec.parameters]
+    arguments += [table_argument(spec, given[name], query) for name in spec.parameters]
     arguments += [query_offset, scale, *([softcap] if softcap else [])]
     _run(spec, arguments, query, key.shape[2])
     return out
@@ -102,7 +102,7 @@ def _spec(
     )
 
 
-def _argument(
+def table_argument(
     spec: AttentionSpec, table: Sequence[int], query: torch.Tensor
 ) -> int | torch.Tensor:
     """Return one number where all heads agree, else the table on the device."""
@@ -130,7 +130,8 @@ def _on_device(table: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return made[0]
 
 
-def _require_runnable(query: torch.Tensor) -> None:
+def require_runnable(query: torch.Tensor) -> None:
+    """Raise KernelError unless a kernel can run on ``query``'s device."""
     if query.is_cuda or is_interpreted():
         return
     raise KernelError(

@@ -13,34 +13,64 @@ chunks); ``%head+|`` and ``%value+|`` only for chunks whose load has a mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from itertools import groupby
+from textwrap import indent
 from typing import Any
 
 import sympy
 
-from graphopt.codegen.predicates import key_runs
+from graphopt.codegen.predicates import BLOCK, key_runs
 from graphopt.codegen.printers import to_triton
-from graphopt.codegen.triton.bounds import Section, print_bounds, print_start
+from graphopt.codegen.triton.bounds import print_bounds, print_start
 from graphopt.codegen.triton.spec import DTYPES, AttentionSpec, chunks
+
+# Kinds of tiles whose keys are tested one by one.
+_TESTED = ("partial", "gather")
 
 
 @cache
 def emit(spec: AttentionSpec) -> str:
     """Return the source of the kernel: one Python file that imports only Triton."""
-    bounds = print_bounds(key_runs(spec.predicate))
     source = _expand("attention.py.in", spec, "")
-    parts = {
-        "bounds": "".join(f"    {line}".rstrip() + "\n" for line in bounds.lines),
-        "full": _expand("tile.py.in", spec, "full", bounds.full),
-        "partial": _expand("tile.py.in", spec, "partial", bounds.partial),
-    }
+    parts = _visit_parts(spec) if spec.is_visit else _static_parts(spec)
     for name, text in parts.items():
         source = source.replace(f"%{name}\n", text)
     return source
+
+
+def _static_parts(spec: AttentionSpec) -> dict[str, str]:
+    bounds = print_bounds(key_runs(spec.predicate))
+    starts = {
+        kind: print_start(kind, sections)
+        for kind, sections in (("full", bounds.full), ("partial", bounds.partial))
+    }
+    return {
+        "bounds": "".join(f"    {line}".rstrip() + "\n" for line in bounds.lines),
+        **{kind: _expand("tile.py.in", spec, kind, s) for kind, s in starts.items()},
+    }
+
+
+def _visit_parts(spec: AttentionSpec) -> dict[str, str]:
+    """The loops over a run's tiles stand inside the loop over runs."""
+    starts = {
+        "full": "        start = begin + tile * BLOCK_N",
+        "partial": "        start = full_end + tile * BLOCK_N",
+        "gather": _template_text("gather.py.in").rstrip("\n"),
+    }
+    loops = _template_text("visit.py.in").replace("@LIST_BLOCK@", str(BLOCK))
+    for kind, start in starts.items():
+        text = _expand("tile.py.in", spec, kind, start)
+        inner = text if kind == "gather" else indent(text, "    ")
+        loops = loops.replace(f"%{kind}\n", inner)
+    return {"bounds": loops, "full": "", "partial": ""}
+
+
+def _template_text(name: str) -> str:
+    return files("graphopt.codegen.triton").joinpath(name).read_text()
 
 
 @dataclass(frozen=True)
@@ -86,11 +116,9 @@ def _rule(line: str) -> tuple[str, str]:
     return rule, body
 
 
-def _expand(
-    name: str, spec: AttentionSpec, kind: str, sections: Sequence[Section] = ()
-) -> str:
-    text = files("graphopt.codegen.triton").joinpath(name).read_text()
-    words = _words(spec, kind) | {"START": print_start(kind, sections)}
+def _expand(name: str, spec: AttentionSpec, kind: str, start: str = "") -> str:
+    text = _template_text(name)
+    words = _words(spec, kind) | {"START": start}
     template = _Template(
         _flags(spec, kind),
         words,
@@ -107,7 +135,7 @@ def _chunk_words(
     for i, chunk in enumerate(chunks(dim)):
         beyond = f"({axis}_{i} < {limit})" if chunk.padded else ""
         side = "[:, None]" if axis == "d" else "[None, :]"
-        terms = [inside] if kind == "partial" else []
+        terms = [inside] if kind in _TESTED else []
         terms += [beyond + side] if beyond else []
         yield {
             "i": i,
@@ -119,8 +147,12 @@ def _chunk_words(
 
 
 def _flags(spec: AttentionSpec, kind: str) -> frozenset[str]:
-    partial = kind == "partial"
-    flags = {kind.upper(), "SOFTCAP" if spec.has_softcap else "NO_SOFTCAP"}
+    partial = kind in _TESTED
+    flags = {"PARTIAL" if partial else kind.upper()}
+    flags.add("SOFTCAP" if spec.has_softcap else "NO_SOFTCAP")
+    flags |= {"gather": {"GATHER"}, "partial": {"EDGE"}}.get(kind, set())
+    flags |= {"VISIT"} if spec.is_visit else set()
+    flags |= {"TABLE_DENSE_ROWS"} if spec.is_visit and spec.per_head else set()
     for name in map(str.upper, spec.parameters):
         flags |= {name, f"TABLE_{name}"} if spec.per_head else {name}
     if spec.has_key_mask:
@@ -133,8 +165,11 @@ def _flags(spec: AttentionSpec, kind: str) -> frozenset[str]:
 def _words(spec: AttentionSpec, kind: str) -> dict[str, str]:
     expr = spec.predicate.expr
     unspecialized = [*spec.parameters, "query_len", "kv_len", "query_offset"]
+    if spec.is_visit:
+        unspecialized += ["run_capacity", "column_capacity", "dense_rows"]
     if spec.per_head:
-        unspecialized = unspecialized[len(spec.parameters) :]
+        tables = (*spec.parameters, "dense_rows")
+        unspecialized = [name for name in unspecialized if name not in tables]
     single = DTYPES[spec.dtype] == "fp32"
     return {
         "PATTERN": spec.pattern,
@@ -145,6 +180,8 @@ def _words(spec: AttentionSpec, kind: str) -> dict[str, str]:
         "VALUE_DIM": str(spec.value_dim),
         "GROUP": str(spec.group),
         "KIND": kind,
+        # Gathered keys have no order: 64-bit offsets of their own.
+        "COLUMN": "k.to(tl.int64)" if kind == "gather" else "column",
         "VISIBLE_PARAMETERS": ", ".join(["q", "k", *spec.parameters]),
         "VISIBLE_ARGUMENTS": ", ".join(["q[:, None]", "k[None, :]", *spec.parameters]),
         "UNSPECIALIZED": ", ".join(f'"{name}"' for name in unspecialized),

@@ -11,6 +11,9 @@ from graphopt.errors import KernelError
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
+# The pattern of kernels over `graphopt.ops.visit_list`.
+VISIT_LIST = "visit-list"
+
 # The narrowest operand of a tensor-core instruction, in elements.
 _NARROWEST = 16
 
@@ -45,9 +48,14 @@ class AttentionSpec:
             raise KernelError(f"no Triton attention for {self.dtype}; it takes {names}")
 
     @property
+    def is_visit(self) -> bool:
+        """Tell whether the kernel reads visit lists instead of following a pattern."""
+        return self.pattern == VISIT_LIST
+
+    @property
     def predicate(self) -> Predicate:
-        """Return the pattern's predicate."""
-        return predicate(self.pattern)
+        """Return the pattern's predicate; of what is visited a row sees the past."""
+        return predicate("causal" if self.is_visit else self.pattern)
 
     @property
     def parameters(self) -> tuple[str, ...]:

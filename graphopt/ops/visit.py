@@ -125,6 +125,34 @@ def _cpu(
     )
 
 
+@torch.library.impl(_library, "visit_attention", "CUDA")
+def _cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    runs: Tensor,
+    run_count: Tensor,
+    columns: Tensor,
+    column_count: Tensor,
+    dense_rows: Sequence[int],
+    query_offset: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    min_tokens: int = 0,
+) -> Tensor:
+    from graphopt.codegen.triton import visit as triton_visit
+
+    _check(query, key, value, runs, dense_rows)
+    if key.shape[2] < min_tokens:
+        return _dense(query, key, value, key_mask, query_offset, scale, softcap)
+    lists = VisitList(runs, run_count, columns, column_count)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return triton_visit.launch(
+        query, key, value, key_mask, lists, dense_rows, query_offset, scale, softcap
+    )
+
+
 def _dense(
     query: Tensor,
     key: Tensor,

@@ -1,0 +1,75 @@
+"""Run attention over visit lists on Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from graphopt.codegen.predicates import BLOCK
+from graphopt.codegen.targets import Tile
+from graphopt.codegen.triton.attention import (
+    load,
+    require_runnable,
+    table_argument,
+)
+from graphopt.codegen.triton.spec import VISIT_LIST, AttentionSpec
+
+
+def launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    lists: Sequence[torch.Tensor],
+    dense_rows: Sequence[int],
+    query_offset: int,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Run the kernel; shapes and arguments as `graphopt.ops.visit`.
+
+    Returns a contiguous [B, Hq, Sq, Dv]. Raises KernelError for a dtype or a device
+    that has no kernel.
+    """
+    require_runnable(query)
+    spec = AttentionSpec(
+        pattern=VISIT_LIST,
+        dtype=query.dtype,
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        group=query.shape[1] // key.shape[1],
+        has_key_mask=key_mask is not None,
+        has_softcap=softcap != 0,
+        per_head=len(set(dense_rows)) > 1,
+    )
+    out = query.new_empty((*query.shape[:3], value.shape[-1]))
+    if out.numel() == 0:
+        return out
+    if scale <= 0:
+        # The kernel takes the row's maximum before it scales.
+        query, scale = query * scale, 1.0
+    mask = [] if key_mask is None else [key_mask]
+    rows = table_argument(spec, dense_rows, query)
+    cap = [softcap] if softcap else []
+    given = [t.contiguous() for t in lists]
+    tile = visit_tile(spec)
+    with torch.cuda.device_of(query):
+        load(spec).launch(
+            query, key, value, *mask, out, *given, rows, query_offset, scale, *cap,
+            tile.block_m, tile.block_n, **tile.options(),
+        )  # fmt: skip
+    return out
+
+
+def visit_tile(spec: AttentionSpec) -> Tile:
+    """Return the tile; a list speaks of blocks of 64 rows, so none is higher.
+
+    The widest that spill on no target (tests/codegen/triton/test_ahead.py).
+    """
+    width = max(spec.head_dim, spec.value_dim)
+    if spec.dtype == torch.float32:
+        return Tile(16, 16, 4, 1)
+    if width <= 128:
+        return Tile(BLOCK, 32, 4, 2)
+    return Tile(BLOCK, 16, 8, 2)

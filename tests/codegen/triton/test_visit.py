@@ -1,0 +1,95 @@
+"""The Triton kernel over visit lists: interpreted, and compiled ahead of time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from graphopt.codegen.targets import TARGETS
+from graphopt.codegen.triton import visit
+from graphopt.codegen.triton.ahead import compile_ahead
+from graphopt.codegen.triton.spec import VISIT_LIST, AttentionSpec
+from tests.ops.test_visit import lists_of, random_places
+from tests.oracle import assert_close, oracle, tensors
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call; every head has columns and slashes of its own."""
+
+    queries: int
+    keys: int
+    dim: int = 64
+    group: int = 1
+    kv_heads: int = 1
+    dtype: torch.dtype = torch.float32
+    softcap: float = 0.0
+    masked: bool = False
+    dense_rows: tuple[int, ...] = (0,)
+
+    def __str__(self):
+        return f"{self.queries}x{self.keys} d{self.dim} g{self.group} {self.dtype}"
+
+
+CASES = [
+    Case(1, 300, group=4),
+    Case(17, 17, dim=72, masked=True),
+    Case(63, 64, dim=80, dtype=torch.float16, softcap=5.0),
+    Case(65, 65, dim=96, group=3, dtype=torch.bfloat16),
+    Case(70, 70, dim=256, group=1, kv_heads=2, dense_rows=(3,)),
+    Case(130, 200, dim=128, group=3, dtype=torch.bfloat16, masked=True),
+    Case(200, 200, group=2, kv_heads=2, dense_rows=(0, 100, 5, 200)),
+    Case(400, 400, dtype=torch.float16),
+]
+
+
+def check(case, device="cpu"):
+    heads = case.group * case.kv_heads
+    sizes = (heads, case.kv_heads, case.queries, case.keys, case.dim)
+    q, k, v = (t.to(device) for t in tensors(*sizes, case.dtype, batch=2))
+    columns = [random_places(min(case.keys, 9 * h), case.keys, h) for h in range(heads)]
+    slashes = [random_places(min(case.keys, 1 + h), case.keys, h) for h in range(heads)]
+    lists = lists_of(columns, slashes, case.keys, batch=2)
+    lists = type(lists)(*(t.to(device) for t in lists))
+    offset, rows = case.keys - case.queries, list(case.dense_rows)
+    mask = lists.visited(rows, case.queries, case.keys, offset)
+    key_mask = (torch.rand(2, case.keys) < 0.7).to(device) if case.masked else None
+    if key_mask is not None:
+        mask = mask & key_mask[:, None, None]
+    rest = (offset, case.dim**-0.5, case.softcap)
+    actual = visit.launch(q, k, v, key_mask, lists, rows, *rest)
+    expected = oracle(q, k, v, mask, case.dim**-0.5, case.softcap)
+    assert_close(actual, expected, case.dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_in_the_interpreter(interpreter, case):
+    interpreter.submit(check, case).result()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_the_device(case):
+    check(case, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("target", "dim", "dtype"),
+    [
+        ("sm_80", 64, torch.float16),
+        ("sm_90", 128, torch.bfloat16),
+        ("sm_90", 64, torch.float32),
+        ("sm_100", 256, torch.bfloat16),
+        ("gfx942", 128, torch.float16),
+    ],
+)
+def test_compiles_without_spills(target, dim, dtype):
+    spec = AttentionSpec(VISIT_LIST, dtype, dim, dim, 4, has_key_mask=dim == 64)
+    compiled = compile_ahead(spec, TARGETS[target])
+    assert compiled.spills == 0
+    assert compiled.shared_memory <= TARGETS[target].shared_memory
+    if target == "sm_90" and dtype != torch.float32:
+        assert compiled.has_wgmma
