@@ -16,7 +16,7 @@ BATCH, TOKENS = sympy.symbols("batch tokens", integer=True, positive=True)
 # benchmarks/attention.py, and the shortest prompt that is worth a launch's set-up.
 _RELATIVE_RATE = {"cpu": 0.75, "cuda": 0.5}
 _SHORTEST = {"cpu": 512, "cuda": 4096}
-_SLASH_KEYS = 3
+_SLASH_KEYS = 1
 
 
 @dataclass(frozen=True)

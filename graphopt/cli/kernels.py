@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from graphopt.codegen.cache import write_source
 from graphopt.codegen.cpp import attention, select, visit
 from graphopt.codegen.triton.emit import emit as emit_triton
-from graphopt.codegen.triton.spec import AttentionSpec
+from graphopt.codegen.triton.spec import VISIT_LIST, AttentionSpec
 from graphopt.ir.attention import AttentionSite
 from graphopt.ir.match import argument, value_of
 
-# A static pattern's kernel, or "visit-list": one for all visit lists.
-Kernel = AttentionSpec | str
 
-
-def kernel_of(site: AttentionSite) -> Kernel:
+def kernel_spec(site: AttentionSite) -> AttentionSpec:
     """Return which kernel a rewritten site runs."""
-    if site.pattern == "visit-list":
-        return site.pattern
-    tables: Any = (argument(site.node, 5, "sink"), argument(site.node, 6, "window"))
+    is_visit = site.pattern == VISIT_LIST
+    places = {"dense_rows": 8} if is_visit else {"sink": 5, "window": 6}
+    tables: list[Any] = [argument(site.node, i, name) for name, i in places.items()]
     return AttentionSpec(
         pattern=site.pattern,
         dtype=value_of(site.query).dtype,
@@ -30,21 +27,20 @@ def kernel_of(site: AttentionSite) -> Kernel:
         group=site.num_heads // site.num_kv_heads,
         has_key_mask=site.key_mask is not None,
         has_softcap=site.softcap != 0.0,
-        per_head=any(len(table) > 1 for table in tables),
+        per_head=any(len(set(table)) > 1 for table in tables),
     )
 
 
-def emit_kernels(kernels: Collection[Kernel], device: str) -> list[Path]:
+def emit_kernels(specs: Iterable[AttentionSpec], device: str) -> list[Path]:
     """Write each kernel's source for ``device`` (cpu or cuda); return the paths."""
-    specs = [k for k in kernels if isinstance(k, AttentionSpec)]
     if device != "cpu":
-        ordered = sorted(specs, key=lambda spec: spec.name)
+        ordered = sorted(set(specs), key=lambda spec: spec.name)
         return [write_source(spec.name, ".py", emit_triton(spec)) for spec in ordered]
-    sources = {
-        f"attention_{p.replace('-', '_')}": attention.emit(p)
-        for p in sorted({spec.pattern for spec in specs})
-    }
-    if len(specs) < len(kernels):
-        sources["select_vertical_slash"] = select.emit()
-        sources["visit_attention"] = visit.emit()
+    sources: dict[str, str] = {}
+    for pattern in sorted({spec.pattern for spec in specs}):
+        if pattern == VISIT_LIST:
+            sources["select_vertical_slash"] = select.emit()
+            sources["visit_attention"] = visit.emit()
+        else:
+            sources[f"attention_{pattern.replace('-', '_')}"] = attention.emit(pattern)
     return [write_source(stem, ".cpp", text) for stem, text in sources.items()]

@@ -15,8 +15,9 @@ from torch import fx
 from torch._dynamo.exc import TorchDynamoException
 
 from graphopt.backend import rewrite
-from graphopt.cli.kernels import Kernel, kernel_of
+from graphopt.cli.kernels import kernel_spec
 from graphopt.cli.site_cost import site_figures
+from graphopt.codegen.triton.spec import AttentionSpec
 from graphopt.errors import GraphoptError, ModelError
 from graphopt.ir.attention import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
@@ -30,7 +31,7 @@ class Traced:
 
     reports: list[CompileReport] = field(default_factory=list)
     costs: list[list[dict[str, Any]]] = field(default_factory=list)
-    kernels: set[Kernel] = field(default_factory=set)
+    kernels: set[AttentionSpec] = field(default_factory=set)
     device: str = "cpu"
 
 
@@ -88,7 +89,7 @@ def _recorder(
         before = {s.index: s for s in ModelGraph(gm).attention}
         report, _ = rewrite(gm, options)
         after = {s.index: s for s in ModelGraph(gm).attention}
-        found.kernels |= {kernel_of(s) for s in after.values() if s.form == "op"}
+        found.kernels |= {kernel_spec(s) for s in after.values() if s.form == "op"}
         found.reports.append(report)
         found.costs.append(_costs(before, after, tokens))
         return gm.forward
