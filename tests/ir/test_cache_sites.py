@@ -13,6 +13,7 @@ from tests.ir.views import (
     LENGTH,
     PAST,
     SLOTS,
+    later_decoder_view,
     later_view,
     static_prefill_view,
     values,
@@ -110,6 +111,29 @@ def test_decode_with_a_static_cache():
             (write,) = [u for u in state.past.users if op_name(u) == "index_copy_"]
             found = values(model, [state.new, write])
             assert torch.equal(found[write][:, :, PAST], found[state.new][:, :, 0])
+
+
+def test_a_full_window_is_rolled_before_it_is_written():
+    model = later_view("mistral", static=True)
+    assert [site.index for site in model.caches] == [0, 1]
+    for layer in model.layers:
+        assert layer.cache.kind == "in-place"
+        for state in states(layer):
+            assert state.past is state.kept is state.attended
+            (write,) = [u for u in state.past.users if op_name(u) == "copy_"]
+            found = values(model, [state.new, write])
+            assert found[write].shape[2] == WINDOW
+            assert torch.equal(found[write][:, :, -1:], found[state.new])
+
+
+def test_cross_attention_reads_what_the_first_call_wrote():
+    own, cross = later_decoder_view("bart").caches
+    assert (own.kind, cross.kind) == ("concat", "read")
+    for state in (cross.key, cross.value):
+        assert state.new is None
+        assert state.kept is None
+        assert state.past is state.attended
+        assert state.past.op == "placeholder"
 
 
 @pytest.mark.parametrize("name", ["bert", "vit"])

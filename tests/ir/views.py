@@ -103,6 +103,19 @@ def static_prefill_view(name: str) -> ModelGraph:
     return _captured(model, True, input_ids=ids, past_key_values=cache)
 
 
+@functools.cache
+def later_decoder_view(name: str) -> ModelGraph:
+    """Return the view of a later call of a decoder that reads an encoder's output."""
+    model = build(name)
+    with torch.no_grad():
+        encoded = model.get_encoder()(token_ids(1, LENGTH))
+    inputs = {"encoder_outputs": encoded, "decoder_input_ids": token_ids(1, 1)}
+    first = {**inputs, "decoder_input_ids": token_ids(1, 5), "use_cache": True}
+    with torch.no_grad():
+        past = model(**first).past_key_values
+    return _captured(model, True, **inputs, past_key_values=past)
+
+
 def _static_cache(model: nn.Module) -> Any:
     return tf.StaticCache(config=model.config, max_cache_len=SLOTS)
 
