@@ -11,7 +11,6 @@ from graphopt.ir.attention import (
     AttentionSite,
     checked,
     every_row_sees_a_key,
-    unwritten,
     with_mask,
 )
 from graphopt.ir.dce import drops
@@ -58,7 +57,7 @@ def _site(
     weights: _Weights, found: _Scores, evaluator: Evaluator
 ) -> AttentionSite | None:
     assert found.query is not None and found.key is not None
-    assert weights.product is not None and found.product is not None
+    assert weights.product is not None
     product, value = weights.product, weights.product.args[1]
     if not isinstance(value, fx.Node):
         return None
@@ -74,10 +73,7 @@ def _site(
         return replace(site, mask=found.mask, unsupported="attention sinks")
     if weights.dropped:
         return replace(site, unsupported="dropout")
-    site = _without_nan(checked(with_mask(site, found.mask, evaluator)))
-    reads = [(found.query, found.product), (key, found.product)]
-    reads += [(key, found.key), (value, product.args[1])] if repeated else []
-    return unwritten(site, evaluator, reads)
+    return _without_nan(checked(with_mask(site, found.mask, evaluator)))
 
 
 def _without_nan(site: AttentionSite) -> AttentionSite:
@@ -95,7 +91,6 @@ class _Scores:
     def __init__(self) -> None:
         self.query: fx.Node | None = None
         self.key: fx.Node | None = None
-        self.product: fx.Node | None = None
         self.mask: fx.Node | None = None
         self.scale = 1.0
         self.softcap = 0.0
@@ -165,7 +160,7 @@ class _Scores:
         key = transposed.args[0]
         if axes != {2, 3} or not isinstance(key, fx.Node):
             return False
-        self.query, self.key, self.product = query, key, node
+        self.query, self.key = query, key
         return True
 
 
