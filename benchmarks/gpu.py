@@ -35,25 +35,27 @@ def main(quick: bool = False) -> dict[str, Any]:
             "bench gpu needs a CUDA device, and torch sees none: run it on a machine "
             "with a GPU and a CUDA build of torch (graphopt doctor)"
         )
-    notes = [f"prefill: {PREFILL_LAYERS} of 32 layers; compile: {COMPILE_LAYERS}"]
+    layers = (2, 2) if quick else (PREFILL_LAYERS, COMPILE_LAYERS)
+    notes = [f"prefill: {layers[0]} of 32 layers; compile: {layers[1]}"]
     rows: list[Row] = []
-    for row in _all_rows(quick, notes):
+    for row in _all_rows((2048,) if quick else LENGTHS, layers, notes):
         print(json.dumps(row), file=sys.stderr, flush=True)
         rows.append(row)
     print(*notes, sep="\n", file=sys.stderr)
     return keep("gpu", rows, _summary(rows), quick=quick, notes="; ".join(notes))
 
 
-def _all_rows(quick: bool, notes: list[str]) -> Iterator[Row]:
-    lengths = (2048,) if quick else LENGTHS
+def _all_rows(
+    lengths: tuple[int, ...], layers: tuple[int, int], notes: list[str]
+) -> Iterator[Row]:
     for tokens in lengths:
         yield attention_row("a-shape", tokens, notes)
     for tokens in lengths[::2]:
         yield attention_row("streaming", tokens, notes)
         yield attention_row("sliding-window", tokens, notes)
-    yield from prefill_rows(2 if quick else PREFILL_LAYERS, lengths[::2], notes)
+    yield from prefill_rows(layers[0], lengths[::2], notes)
     torch.cuda.empty_cache()
-    yield compile_row(2 if quick else COMPILE_LAYERS, notes)
+    yield compile_row(layers[1], notes)
 
 
 def _summary(rows: list[Row]) -> dict[str, Any]:

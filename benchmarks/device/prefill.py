@@ -97,8 +97,9 @@ def compile_row(layers: int, notes: list[str]) -> Row:
             found[backend] = _cold(backend, layers)
         except (subprocess.SubprocessError, ValueError) as error:
             found[backend] = None
-            last = (getattr(error, "stderr", None) or str(error)).strip()
-            notes.append(f"compile, {backend}: {last.splitlines()[-1][:200]}")
+            failed = isinstance(error, subprocess.CalledProcessError)
+            said = (error.stderr if failed else str(error)).strip() or str(error)
+            notes.append(f"compile, {backend}: {said.splitlines()[-1][-200:]}")
     return row("compile", "default", 64, found)
 
 

@@ -10,6 +10,7 @@ import torch
 import graphopt
 from graphopt.codegen.targets import present, tiles
 from graphopt.codegen.triton import attention as triton_attention
+from graphopt.codegen.triton import tune
 from graphopt.ops import attention
 from tests.codegen.triton.cases import FACTORS, SINGLE, Case, check, pairwise
 from tests.models import TINY, token_ids
@@ -17,7 +18,7 @@ from tests.oracle import TOLERANCE, assert_close, oracle, tensors, visible
 
 DEVICE = "cuda"
 CASES = pairwise(FACTORS | {"tile": (None,)})
-LONG = Case(dtype=torch.bfloat16, dim=128, group=4, kv_heads=2, length=5000)
+LONG = Case(dtype=torch.bfloat16, dim=128, group=4, kv_heads=2, length=3000)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,14 +38,14 @@ def test_cases(case, monkeypatch):
     check(case, DEVICE)
 
 
-@pytest.mark.parametrize("pattern", ["a-shape", "streaming"])
-def test_a_tile_is_measured_once_and_kept(pattern, kernel_cache):
-    case = Case(**{**vars(LONG), "pattern": pattern})
-    check(case, DEVICE)
-    kept = {p: p.stat().st_mtime_ns for p in (kernel_cache / "tiles").iterdir()}
-    assert len(kept) == 1
-    check(case, DEVICE)
-    assert kept == {p: p.stat().st_mtime_ns for p in kept}
+def test_a_tile_is_measured_once_and_kept(kernel_cache, monkeypatch):
+    monkeypatch.setattr(tune, "_chosen", {})
+    check(LONG, DEVICE)
+    assert len(list((kernel_cache / "tiles").iterdir())) == 1
+    # As in a later process; to measure again would call None.
+    monkeypatch.setattr(tune, "_chosen", {})
+    monkeypatch.setattr(tune, "_fastest", None)
+    check(LONG, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
