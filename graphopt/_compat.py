@@ -66,6 +66,21 @@ def isolated_tracing() -> Iterator[None]:
     )
 
 
+def specialize_float(value: Any) -> float:
+    """Return the number of a float attribute's SymFloat, guarded, for good.
+
+    AOTAutograd restarts Dynamo for every float symbol that turned out to be a number,
+    to take it out of the graph's inputs. As an input that nothing reads it does no
+    harm, and a second tracing costs as much as the first.
+    """
+    from torch._dynamo.symbolic_convert import TensorifyState
+
+    if isinstance(value, torch.SymFloat):
+        for symbol in value.node._expr.free_symbols:
+            TensorifyState.specialize(str(symbol))
+    return float(value)  # installs the guard
+
+
 def fake_mode_of(gm: fx.GraphModule) -> Any:
     """Return the fake mode under which Dynamo traced ``gm``, or None."""
     from torch._subclasses.fake_tensor import FakeTensor

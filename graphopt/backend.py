@@ -15,7 +15,7 @@ from torch import fx
 from graphopt import _compat
 from graphopt.codegen.cache import cache_dir
 from graphopt.errors import KernelError, PassError
-from graphopt.ir.constants import fold_float_attributes
+from graphopt.ir.constants import fold_float_attributes, is_float_input
 from graphopt.ir.copying import copy_module
 from graphopt.ir.dce import eliminate_dead_code
 from graphopt.ir.model_graph import ModelGraph
@@ -139,7 +139,27 @@ def _compile(
         remark = missed("layers", "not-outlined", outlined.reason)
     else:
         remark = missed("layers", "not-outlined", "switched off by outline = False")
-    return compile_one(gm, example_inputs), remark
+    return _compile_whole(gm, example_inputs, compile_one), remark
+
+
+def _compile_whole(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    compile_one: Callable[[fx.GraphModule, list[Any]], Compiled],
+) -> Compiled:
+    """Compile ``gm`` without the inputs of folded floats: CUDA graphs take no scalars
+    of the processor."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    kept = [i for i, n in enumerate(inputs) if n.users or not is_float_input(n)]
+    if len(kept) == len(inputs):
+        return compile_one(gm, example_inputs)
+    lean = copy_module(gm)  # Dynamo calls by the placeholders of its own graph
+    for index, node in enumerate(lean.graph.find_nodes(op="placeholder")):
+        if index not in kept:
+            lean.graph.erase_node(node)
+    lean.recompile()
+    compiled = compile_one(lean, [example_inputs[i] for i in kept])
+    return lambda *args: compiled(*(args[i] for i in kept))
 
 
 def _outline_remark(outlined: Outlined) -> Remark:

@@ -209,3 +209,20 @@ def test_modes(mode):
     function = torch.compile(lambda x: x @ x + 1, backend="graphopt", mode=mode)
     x = torch.randn(8, 8)
     torch.testing.assert_close(function(x), x @ x + 1)
+
+
+def test_float_attributes_do_not_make_dynamo_trace_twice():
+    model = TINY["llama"]()
+    with torch.no_grad():
+        compiled(model)(input_ids=token_ids(1, 20))
+    metrics = torch._dynamo.utils.get_compilation_metrics()[-1]
+    assert not metrics.restart_reasons
+    # The guard is still there: another epsilon gives another result.
+    ids = token_ids(1, 20)
+    model = TINY["llama"]()
+    fast = compiled(model)
+    with torch.no_grad():
+        first = fast(input_ids=ids).logits
+        model.model.norm.variance_epsilon = 0.5
+        torch.testing.assert_close(fast(input_ids=ids).logits, model(ids).logits)
+        assert not torch.allclose(first, model(ids).logits)

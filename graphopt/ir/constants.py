@@ -8,10 +8,11 @@ attribute that changes leads to a new compilation and never to a stale result.
 
 from __future__ import annotations
 
+import torch
 from torch import SymFloat, fx
 from torch.fx.node import Argument
 
-from graphopt._compat import placeholder_source
+from graphopt._compat import placeholder_source, specialize_float
 
 
 def fold_float_attributes(gm: fx.GraphModule) -> int:
@@ -21,8 +22,7 @@ def fold_float_attributes(gm: fx.GraphModule) -> int:
     """
     found = [n for n in gm.graph.nodes if _is_float_attribute(n)]
     for node in found:
-        # float() of a SymFloat installs the guard that makes the literal sound.
-        value = float(node.meta["example_value"])
+        value = specialize_float(node.meta["example_value"])
         for user in list(node.users):
             _substitute(user, node, value)
         gm.graph.erase_node(node)
@@ -46,3 +46,10 @@ def _is_float_attribute(node: fx.Node) -> bool:
     if not isinstance(node.meta.get("example_value"), (SymFloat, float)):
         return False
     return placeholder_source(source).startswith("L['self']")
+
+
+def is_float_input(node: fx.Node) -> bool:
+    """Tell whether a graph input is a float that Dynamo passes as a tensor."""
+    value = node.meta.get("example_value")
+    is_scalar = isinstance(value, torch.Tensor) and value.dim() == 0
+    return is_scalar and placeholder_source(node).startswith("L['self']")
