@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,6 +119,19 @@ def checked(site: AttentionSite) -> AttentionSite:
     dtypes = {value_of(t).dtype for t in tensors}
     if len(dtypes) > 1:
         return replace(site, unsupported="query, key and value differ in dtype")
+    return site
+
+
+def unwritten(
+    site: AttentionSite, evaluator: Evaluator, reads: Sequence[tuple[fx.Node, fx.Node]]
+) -> AttentionSite:
+    """Return ``site``, refused where a tensor is written after the model read it.
+
+    ``reads`` are pairs (tensor, node that reads it); the op reads at ``site.node``.
+    """
+    for tensor, reader in reads:
+        if evaluator.aliases.is_written(tensor, after=reader, before=site.node):
+            return replace(site, unsupported=f"{tensor.name} is written in place")
     return site
 
 

@@ -11,6 +11,7 @@ from graphopt.ir.attention import (
     AttentionSite,
     checked,
     every_row_sees_a_key,
+    unwritten,
     with_mask,
 )
 from graphopt.ir.dce import drops
@@ -57,11 +58,12 @@ def _site(
     weights: _Weights, found: _Scores, evaluator: Evaluator
 ) -> AttentionSite | None:
     assert found.query is not None and found.key is not None
-    assert weights.product is not None
+    assert weights.product is not None and found.product is not None
     product, value = weights.product, weights.product.args[1]
     if not isinstance(value, fx.Node):
         return None
-    key, value, repeated = undo_repeats(found.query, found.key, value)
+    copies = found.key, value
+    key, value, repeated = undo_repeats(found.query, *copies)
     shapes = [sizes_of(t) for t in (found.query, key, value)]
     if any(len(s) != 4 or not s[1].is_Integer for s in shapes):
         return None
@@ -73,7 +75,10 @@ def _site(
         return replace(site, mask=found.mask, unsupported="attention sinks")
     if weights.dropped:
         return replace(site, unsupported="dropout")
-    return _without_nan(checked(with_mask(site, found.mask, evaluator)))
+    site = _without_nan(checked(with_mask(site, found.mask, evaluator)))
+    reads = [(found.query, found.product), (key, found.product)]
+    reads += zip((key, value), copies, strict=True) if repeated else []
+    return unwritten(site, evaluator, reads)
 
 
 def _without_nan(site: AttentionSite) -> AttentionSite:
@@ -91,6 +96,7 @@ class _Scores:
     def __init__(self) -> None:
         self.query: fx.Node | None = None
         self.key: fx.Node | None = None
+        self.product: fx.Node | None = None
         self.mask: fx.Node | None = None
         self.scale = 1.0
         self.softcap = 0.0
@@ -160,7 +166,7 @@ class _Scores:
         key = transposed.args[0]
         if axes != {2, 3} or not isinstance(key, fx.Node):
             return False
-        self.query, self.key = query, key
+        self.query, self.key, self.product = query, key, node
         return True
 
 

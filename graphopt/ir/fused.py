@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from graphopt.ir.attention import AttentionSite, checked, with_mask
+from graphopt.ir.attention import AttentionSite, checked, unwritten, with_mask
 from graphopt.ir.index_expr import Evaluator
 from graphopt.ir.match import argument, float_of, shape_of, size_expr, sizes_of
 from graphopt.ir.repeats import undo_repeats
@@ -22,6 +22,7 @@ def match_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | None:
         return None
     if not all(sizes_of(t)[1].is_Integer for t in (query, key, value)):
         return None
+    copies = key, value
     key, value, repeated = undo_repeats(query, key, value)
     mask = argument(node, 3, "attn_mask")
     site = AttentionSite(0, node, query, key, value, "sdpa", repeats_heads=repeated)
@@ -31,9 +32,9 @@ def match_sdpa(node: fx.Node, evaluator: Evaluator) -> AttentionSite | None:
     causal = argument(node, 5, "is_causal", False)
     if not isinstance(causal, bool):
         return replace(site, unsupported="causal for some calls only")
-    if causal:
-        return checked(replace(site, pattern="causal"))
-    return checked(with_mask(site, mask, evaluator))
+    site = replace(site, pattern="causal") if causal else site
+    reads = list(zip((key, value), copies, strict=True)) if repeated else []
+    return unwritten(checked(with_mask(site, mask, evaluator)), evaluator, reads)
 
 
 def match_op(node: fx.Node) -> AttentionSite:

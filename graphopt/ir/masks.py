@@ -138,6 +138,8 @@ class _Reader:
             raise UnknownMaskError(f"the mask is data: {node.name} at {indices}{why}")
         if value_of(node).dtype != torch.bool or self.key_mask is not None:
             raise UnknownMaskError("more than one key mask, or one that is not bool")
+        if self.evaluator.aliases.is_written(node):
+            raise UnknownMaskError(f"{node.name} is written in place")
         self.key_mask, self.key_start = node, start
 
     def form(self) -> MaskForm:

@@ -140,6 +140,43 @@ def test_padding_that_gives_nan(lowest, text):
     assert reason(function, *tensors(), padding) == text
 
 
+def written_after_the_scores(q, k, v):
+    weights = scores(q, k).softmax(-1)
+    k.zero_()
+    return weights @ v
+
+
+def written_after_the_copy(q, k, v):
+    keys, values = (t.repeat_interleave(2, dim=1) for t in (k, v))
+    v.zero_()
+    return F.scaled_dot_product_attention(q, keys, values, is_causal=True)
+
+
+@pytest.mark.parametrize("function", [written_after_the_scores, written_after_the_copy])
+def test_tensors_that_change(function):
+    kv_heads = 2 if function is written_after_the_copy else 4
+    assert "written in place" in reason(function, *tensors(kv_heads=kv_heads))
+
+
+def test_a_padding_mask_that_changes():
+    def function(q, k, v, padding):
+        mask = hidden(q, 0.0) == 0
+        mask = mask.tril() & padding[:, None, None, :]
+        padding.zero_()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    assert "written in place" in reason(function, *tensors(), padding)
+
+
+def test_tensors_written_before_they_are_read():
+    def function(q, k, v):
+        k.mul_(2.0)
+        return plain(q, k, v)
+
+    assert reason(function, *tensors()) is None
+
+
 @pytest.mark.parametrize(
     ("lowest", "text"), [(float("-inf"), "become NaN"), (-1e9, "average all values")]
 )

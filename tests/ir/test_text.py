@@ -49,7 +49,9 @@ def test_a_copy_is_apart_from_its_original():
 def test_dead_code_goes_and_side_effects_stay():
     graph = fx.Graph()
     x = graph.placeholder("x")
-    graph.call_function(torch.add, (x, 1))
+    added = graph.call_function(torch.add, (x, 1))
+    added.meta["example_value"] = torch.empty(1)
+    graph.call_function(torch.neg, (x,))  # no value is known: it may be an effect
     graph.call_method("copy_", (x, x))
     graph.call_method("add_", (x, 1))
     graph.call_function(torch.manual_seed, (0,))
@@ -57,4 +59,4 @@ def test_dead_code_goes_and_side_effects_stay():
     gm = fx.GraphModule(torch.nn.Module(), graph)
     eliminate_dead_code(gm)
     names = [n.name for n in gm.graph.nodes]
-    assert names == ["x", "copy_", "add_", "manual_seed", "mul", "output"]
+    assert names == ["x", "neg", "copy_", "add_", "manual_seed", "mul", "output"]
