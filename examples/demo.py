@@ -18,7 +18,7 @@ from graphopt.cli.side import Job, Outcome, run_apart
 from graphopt.models import load_tokenizer
 from graphopt.texts import language_reference
 
-CONFIG = Path(__file__).parent / "a-shape.toml"
+CONFIG = Path(__file__).parent / "vertical-slash.toml"
 QUESTION = "What does the 'with' statement of Python do? Answer in two sentences."
 SIDES = ("inductor", "graphopt")
 

@@ -111,9 +111,11 @@ def checked(site: AttentionSite) -> AttentionSite:
         return site
     tensors = (site.query, site.key, site.value, site.node)
     query, key, value, result = (sizes_of(t) for t in tensors)
-    # Both sides of: key, without head_dim; result; query, what the others have of it.
-    left = (*key[:3], *result, query[0], query[-1])
-    right = (*value[:3], *query[:3], value[-1], key[0], key[-1])
+    # Both sides of: batch and heads of key and value; result; query, what the others
+    # have of it. That key and value are equally long the product itself demands; in a
+    # cache each has a symbol of its own.
+    left = (*key[:2], *result, query[0], query[-1])
+    right = (*value[:2], *query[:3], value[-1], key[0], key[-1])
     if not all(map(same_size, left, right)) or query[1] % key[1]:
         return replace(site, unsupported=f"tensors of sizes {query}, {key}, {value}")
     dtypes = {value_of(t).dtype for t in tensors}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.nn import functional as F
 
 from graphopt.ir.constants import fold_float_attributes
 from graphopt.ir.model_graph import ModelGraph
@@ -71,6 +73,23 @@ def test_decode(name):
     view = ModelGraph(graphs[0])
     assert view.kind == "decode"
     assert len(view.attention) == 2
+
+
+def test_key_and_value_lengths_may_be_symbols_of_their_own():
+    q = torch.randn(1, 4, 1, 16)
+    k, v = (torch.randn(1, 2, 9, 16) for _ in range(2))
+    for tensor in (k, v):
+        torch._dynamo.mark_dynamic(tensor, 2)
+
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    gm = capture(Attention(), dynamic=None, q=q, k=k, v=v)[0]
+    site = ModelGraph(gm).attention[0]
+    lengths = {str(t.meta["example_value"].shape[2]) for t in (site.key, site.value)}
+    assert len(lengths) == 2
+    assert site.unsupported is None
 
 
 def test_sinks_are_refused():
