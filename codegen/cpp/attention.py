@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from graphopt.codegen.cache import load_cpp
 from graphopt.codegen.cpp.kernel import (
     Arguments,
     arguments,
+    entry_point,
     fill,
-    flags,
     rows_text,
     supports,
     table,
@@ -55,11 +54,8 @@ def _print_visible(interval: Any) -> str:
 
 @cache
 def _kernel(pattern: str) -> Any:
-    library = load_cpp(f"attention_{pattern.replace('-', '_')}", emit(pattern), flags())
-    function = library.graphopt_attention
-    function.restype = None
-    function.argtypes = (ctypes.POINTER(Arguments),)
-    return function
+    stem = f"attention_{pattern.replace('-', '_')}"
+    return entry_point(stem, emit(pattern), "graphopt_attention", Arguments)
 
 
 def launch(

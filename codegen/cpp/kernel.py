@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from graphopt.codegen.cache import load_cpp
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -57,6 +60,19 @@ def flags() -> tuple[str, ...]:
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     has_sgemm = hasattr(ctypes.CDLL(str(library)), "sgemm_")
     return () if has_sgemm else ("-DGRAPHOPT_OWN_GEMM",)
+
+
+def entry_point(
+    stem: str, text: str, symbol: str, structure: type[ctypes.Structure]
+) -> Any:
+    """Build ``text`` and return its function ``symbol``, which takes a ``structure``.
+
+    Raises KernelError when the kernel cannot be built here.
+    """
+    function = getattr(load_cpp(stem, text, flags()), symbol)
+    function.restype = None
+    function.argtypes = (ctypes.POINTER(structure),)
+    return function
 
 
 def table(values: Sequence[int], heads: int) -> ctypes.Array[ctypes.c_int64]:

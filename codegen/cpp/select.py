@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from graphopt.codegen.cache import load_cpp
 from graphopt.codegen.cpp.kernel import (
     Arguments,
     arguments,
+    entry_point,
     fill,
-    flags,
     rows_text,
     supports,
     table,
@@ -53,10 +52,8 @@ def emit() -> str:
 
 @cache
 def _kernel() -> Any:
-    function = load_cpp("select_vertical_slash", emit(), flags()).graphopt_select
-    function.restype = None
-    function.argtypes = (ctypes.POINTER(_SelectArguments),)
-    return function
+    stem = "select_vertical_slash"
+    return entry_point(stem, emit(), "graphopt_select", _SelectArguments)
 
 
 def launch(

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from graphopt.codegen.cache import load_cpp
 from graphopt.codegen.cpp.kernel import (
     Arguments,
     arguments,
+    entry_point,
     fill,
-    flags,
     rows_text,
     supports,
     table,
@@ -46,10 +45,7 @@ def emit() -> str:
 
 @cache
 def _kernel() -> Any:
-    function = load_cpp("visit_attention", emit(), flags()).graphopt_visit
-    function.restype = None
-    function.argtypes = (ctypes.POINTER(_VisitArguments),)
-    return function
+    return entry_point("visit_attention", emit(), "graphopt_visit", _VisitArguments)
 
 
 def launch(

@@ -49,7 +49,7 @@ def launch(
     Raises KernelError for a dtype or a device that has no kernel.
     """
     require_runnable(query)
-    spec = _spec(query, key, value, key_mask, pattern, (sink, window), softcap)
+    spec = attention_spec(query, key, value, key_mask, pattern, (sink, window), softcap)
     batch, num_heads, query_len, head_dim = query.shape
     out = query.new_empty((batch, num_heads, query_len, value.shape[-1]))
     if out.numel() == 0:
@@ -81,15 +81,16 @@ def _run(
         kernel(*arguments, tile.block_m, tile.block_n, **tile.options())
 
 
-def _spec(
+def attention_spec(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     key_mask: torch.Tensor | None,
     pattern: str,
-    tables: tuple[Sequence[int], Sequence[int]],
+    tables: Sequence[Sequence[int]],
     softcap: float,
 ) -> AttentionSpec:
+    """Return the spec of a call; ``tables`` hold one value, or one a head."""
     return AttentionSpec(
         pattern=pattern,
         dtype=query.dtype,

@@ -9,8 +9,10 @@ import torch
 from graphopt.codegen.predicates import BLOCK
 from graphopt.codegen.targets import Tile
 from graphopt.codegen.triton.attention import (
+    attention_spec,
     load,
     require_runnable,
+    supports,
     table_argument,
 )
 from graphopt.codegen.triton.spec import VISIT_LIST, AttentionSpec
@@ -33,15 +35,8 @@ def launch(
     that has no kernel.
     """
     require_runnable(query)
-    spec = AttentionSpec(
-        pattern=VISIT_LIST,
-        dtype=query.dtype,
-        head_dim=query.shape[-1],
-        value_dim=value.shape[-1],
-        group=query.shape[1] // key.shape[1],
-        has_key_mask=key_mask is not None,
-        has_softcap=softcap != 0,
-        per_head=len(set(dense_rows)) > 1,
+    spec = attention_spec(
+        query, key, value, key_mask, VISIT_LIST, (dense_rows,), softcap
     )
     out = query.new_empty((*query.shape[:3], value.shape[-1]))
     if out.numel() == 0:
@@ -65,7 +60,7 @@ def launch(
 def visit_tile(spec: AttentionSpec) -> Tile:
     """Return the tile; a list speaks of blocks of 64 rows, so none is higher.
 
-    The widest that spill on no target (tests/codegen/triton/test_ahead.py).
+    The widest that spill on no target (tests/codegen/triton/test_visit.py).
     """
     width = max(spec.head_dim, spec.value_dim)
     if spec.dtype == torch.float32:
@@ -73,3 +68,6 @@ def visit_tile(spec: AttentionSpec) -> Tile:
     if width <= 128:
         return Tile(BLOCK, 32, 4, 2)
     return Tile(BLOCK, 16, 8, 2)
+
+
+__all__ = ["launch", "supports", "visit_tile"]

@@ -11,6 +11,7 @@ attention is causal and the lists are not read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -94,8 +95,8 @@ def _fake(
     return query.new_empty((*query.shape[:3], value.shape[-1]))
 
 
-@torch.library.impl(_library, "visit_attention", "CPU")
-def _cpu(
+def _run(
+    kernel: ModuleType,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -110,47 +111,32 @@ def _cpu(
     softcap: float = 0.0,
     min_tokens: int = 0,
 ) -> Tensor:
-    from graphopt.codegen.cpp import visit as cpp
-
+    """Run the device's ``kernel``, or what stands in for it."""
     _check(query, key, value, runs, dense_rows)
     lists = VisitList(runs, run_count, columns, column_count)
     rest = (query_offset, scale, softcap, min_tokens)
     if key.shape[2] < min_tokens:
         return _dense(query, key, value, key_mask, *rest[:3])
-    if not cpp.supports(query.dtype):
+    if not kernel.supports(query.dtype):
         return _reference(query, key, value, key_mask, *lists, dense_rows, *rest)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return cpp.launch(
+    return kernel.launch(
         query, key, value, key_mask, lists, dense_rows, query_offset, scale, softcap
     )
+
+
+@torch.library.impl(_library, "visit_attention", "CPU")
+def _cpu(*inputs: Any) -> Tensor:
+    from graphopt.codegen.cpp import visit as kernel
+
+    return _run(kernel, *inputs)
 
 
 @torch.library.impl(_library, "visit_attention", "CUDA")
-def _cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    runs: Tensor,
-    run_count: Tensor,
-    columns: Tensor,
-    column_count: Tensor,
-    dense_rows: Sequence[int],
-    query_offset: int,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    min_tokens: int = 0,
-) -> Tensor:
-    from graphopt.codegen.triton import visit as triton_visit
+def _cuda(*inputs: Any) -> Tensor:
+    from graphopt.codegen.triton import visit as kernel
 
-    _check(query, key, value, runs, dense_rows)
-    if key.shape[2] < min_tokens:
-        return _dense(query, key, value, key_mask, query_offset, scale, softcap)
-    lists = VisitList(runs, run_count, columns, column_count)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return triton_visit.launch(
-        query, key, value, key_mask, lists, dense_rows, query_offset, scale, softcap
-    )
+    return _run(kernel, *inputs)
 
 
 def _dense(
