@@ -1,0 +1,1 @@
+"""Fidelity of patterns: what the benchmark of that name is made of."""

@@ -1,0 +1,87 @@
+"""Run a model's captured graph eagerly, rewritten as one configuration after another.
+
+Dynamo captures the prefill once; each configuration is a copy of that graph which the
+passes rewrote, run node by node without Inductor. The numbers are those of the compiled
+model up to the rounding of fused kernels, and a configuration costs one eager prefill
+instead of a compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.backend import rewrite
+from graphopt.errors import PassError
+from graphopt.ir.copying import copy_module
+from graphopt.options import parse_options
+
+Edit = Callable[[fx.GraphModule], None]
+
+
+def configured(config: str | None) -> Edit:
+    """Return the edit that a pass config makes; ConfigError for a bad config.
+
+    The edit raises PassError where a pass fails, or where none of the named passes
+    finds anything to do: a row of a table must not be the dense model unnoticed.
+    """
+    options = parse_options({"config": config, "strict": True})
+
+    def edit(gm: fx.GraphModule) -> None:
+        report, _ = rewrite(gm, options)
+        remarks = report.all_remarks()
+        if options.config.pipeline and not any(r.kind == "applied" for r in remarks):
+            reasons = sorted({r.message for r in remarks if r.kind == "missed"})
+            raise PassError(f"{config}: no site was rewritten: {'; '.join(reasons)}")
+
+    return edit
+
+
+class GraphRunner:
+    """Prefills of ``model`` (batch 1) through edited copies of its graph.
+
+    ``keep``: positions at the end whose logits are returned. One runner at a time: the
+    capture starts from a Dynamo without memory of other models.
+    """
+
+    def __init__(self, model: Any, keep: int = 1) -> None:
+        self.model, self.keep = model, keep
+        self._edits: dict[str, Edit] = {}
+        self._current = ""
+        torch._dynamo.reset()
+        self._captured = torch.compile(model, backend=self._capture, dynamic=True)
+
+    def add(self, name: str, edit: Edit) -> None:
+        """Name an edit of the graph, or change it; applied when the name next runs."""
+        self._edits[name] = edit
+
+    @torch.no_grad()
+    def prefill(self, name: str, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Return (logits [keep, vocab], key-value cache) of ``ids`` [1, tokens]."""
+        self._current = name
+        output = self._captured(ids, use_cache=True, logits_to_keep=self.keep)
+        return output.logits[0, -self.keep :], output.past_key_values
+
+    def _capture(
+        self, gm: fx.GraphModule, inputs: list[Any]
+    ) -> Callable[..., tuple[Any, ...]]:
+        versions: dict[str, tuple[Edit, fx.GraphModule]] = {}
+
+        def run(*arguments: Any) -> tuple[Any, ...]:
+            edit = self._edits[self._current]
+            known = versions.get(self._current)
+            if known is None or known[0] is not edit:
+                known = versions[self._current] = (edit, _edited(gm, edit))
+            return known[1](*arguments)
+
+        return run
+
+
+def _edited(gm: fx.GraphModule, edit: Edit) -> fx.GraphModule:
+    copy = copy_module(gm)
+    edit(copy)
+    copy.recompile()
+    return copy
