@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from graphopt.codegen.block_lists import BlockLists
 from graphopt.codegen.predicates import BLOCK
 from graphopt.codegen.targets import Tile
 from graphopt.codegen.triton.attention import (
@@ -28,6 +29,7 @@ def launch(
     query_offset: int,
     scale: float,
     softcap: float,
+    blocks: BlockLists | None = None,
 ) -> torch.Tensor:
     """Run the kernel; shapes and arguments as `graphopt.ops.visit`.
 

@@ -1,15 +1,19 @@
 """The dialect: the operators that passes insert; importing it registers them."""
 
 from graphopt.ops.attention import attention
+from graphopt.ops.block_list import BlockList
+from graphopt.ops.block_selection import select_blocks
 from graphopt.ops.reference import attention_reference
 from graphopt.ops.selection import select_vertical_slash
 from graphopt.ops.visit import visit_attention
 from graphopt.ops.visit_list import VisitList
 
 __all__ = [
+    "BlockList",
     "VisitList",
     "attention",
     "attention_reference",
+    "select_blocks",
     "select_vertical_slash",
     "visit_attention",
 ]

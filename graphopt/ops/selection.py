@@ -63,6 +63,11 @@ def _capacities(
     return max(slash) + 1, max(max(sink) + max(vertical), 1)
 
 
+def _keep_nothing(*tables: Sequence[int]) -> bool:
+    """Tell whether every head visits by other means, a block list."""
+    return not any(map(any, tables))
+
+
 def _empty(query: Tensor, runs: int, columns: int) -> VisitList:
     shape = query.shape[:2]
 
@@ -108,7 +113,7 @@ def select_reference(
 ) -> tuple[Tensor, ...]:
     """Select in plain ATen, on any device; arguments as in the module."""
     run_capacity, column_capacity = _capacities(sink, vertical, slash)
-    if key.shape[2] < min_tokens:
+    if key.shape[2] < min_tokens or _keep_nothing(sink, window, vertical, slash):
         return tuple(_empty(query, run_capacity, column_capacity))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     columns, distances = last_queries_mass(
@@ -145,7 +150,7 @@ def _cpu(
         rest = (query_offset, scale, softcap, min_tokens)
         return select_reference(query, key, key_mask, *tables, *rest)
     lists = _empty(query, *_capacities(sink, vertical, slash))
-    if key.shape[2] < min_tokens:
+    if key.shape[2] < min_tokens or _keep_nothing(*tables):
         return tuple(lists)
     if query_offset + query.shape[2] > key.shape[2]:
         raise ValueError("graphopt.select_vertical_slash: queries beyond the last key")

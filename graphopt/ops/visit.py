@@ -5,7 +5,9 @@ Shapes: query [B, Hq, Sq, D], key [B, Hkv, Skv, D], value [B, Hkv, Skv, Dv], res
 (rows at the end whose blocks see every earlier key) holds one value for all query
 heads or one each. ``key_mask``, ``query_offset``, ``scale``, ``softcap`` and
 ``min_tokens`` are those of `graphopt.ops.attention`; below ``min_tokens`` keys the
-attention is causal and the lists are not read.
+attention is causal and the lists are not read. Heads with a block list
+(`graphopt.ops.block_list`) read that list alone; ``block_heads`` is empty where no head
+has one.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.codegen.predicates import BLOCK
+from graphopt.ops.block_list import BlockList, list_shape
 from graphopt.ops.recompute import register_backward
 from graphopt.ops.reference import attention_reference, masked_attention
 from graphopt.ops.visit_list import VisitList
@@ -26,11 +30,12 @@ _TENSORS = (
     "Tensor run_count, Tensor columns, Tensor column_count, int[] dense_rows, "
     "SymInt query_offset, "
 )
+_BLOCKS = "Tensor? key_blocks{0}, Tensor? key_block_count{0}, int[] block_heads{1}, "
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
 _library.define(
     f"visit_attention({_TENSORS}float? scale=None, float softcap=0.0, "
-    "SymInt min_tokens=0) -> Tensor"
+    f"SymInt min_tokens=0, {_BLOCKS.format('=None', '=[]')}int block={BLOCK}) -> Tensor"
 )
 
 
@@ -45,6 +50,7 @@ def visit_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     min_tokens: int = 0,
+    blocks: BlockList | None = None,
 ) -> Tensor:
     """Call ``graphopt::visit_attention``; see the module for shapes and arguments.
 
@@ -52,12 +58,17 @@ def visit_attention(
     """
     return torch.ops.graphopt.visit_attention(
         query, key, value, key_mask, *visit_list, dense_rows, query_offset, scale,
-        softcap, min_tokens,
+        softcap, min_tokens, *([] if blocks is None else blocks),
     )  # fmt: skip
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, runs: Tensor, dense_rows: Sequence[int]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: Tensor,
+    dense_rows: Sequence[int],
+    blocks: BlockList | None,
 ) -> None:
     heads, kv_heads = query.shape[1], key.shape[1]
     if heads % kv_heads or value.shape[1] != kv_heads:
@@ -75,6 +86,37 @@ def _check(
             f"graphopt.visit_attention: dense_rows holds {len(dense_rows)} values for "
             f"{heads} heads"
         )
+    if blocks is not None:
+        _check_blocks(query, blocks)
+
+
+def _check_blocks(query: Tensor, blocks: BlockList) -> None:
+    lists, heads = max(blocks.heads) + 1, query.shape[1]
+    if len(blocks.heads) != heads:
+        raise ValueError(
+            f"graphopt.visit_attention: block_heads holds {len(blocks.heads)} values "
+            f"for {heads} heads"
+        )
+    rows, _ = list_shape(query.shape[2], 1, blocks.block, 1)
+    if blocks.key_blocks.shape[:3] != (query.shape[0], lists, rows):
+        raise ValueError(
+            f"graphopt.visit_attention: block lists of "
+            f"{tuple(blocks.key_blocks.shape[:3])} batch rows, heads and row blocks; "
+            f"the call has {(query.shape[0], lists, rows)}"
+        )
+
+
+def _blocks(
+    key_blocks: Tensor | None = None,
+    key_block_count: Tensor | None = None,
+    block_heads: Sequence[int] = (),
+    block: int = BLOCK,
+) -> BlockList | None:
+    if not block_heads or max(block_heads) < 0:
+        return None
+    if key_blocks is None or key_block_count is None:
+        raise ValueError("graphopt.visit_attention: block_heads without block lists")
+    return BlockList(key_blocks, key_block_count, tuple(block_heads), block)
 
 
 @torch.library.register_fake("graphopt::visit_attention", lib=_library)
@@ -88,10 +130,17 @@ def _fake(
     columns: Tensor,
     column_count: Tensor,
     dense_rows: Sequence[int],
-    *rest: Any,
-    **options: Any,
+    query_offset: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    min_tokens: int = 0,
+    key_blocks: Tensor | None = None,
+    key_block_count: Tensor | None = None,
+    block_heads: Sequence[int] = (),
+    block: int = BLOCK,
 ) -> Tensor:
-    _check(query, key, value, runs, dense_rows)
+    blocks = _blocks(key_blocks, key_block_count, block_heads, block)
+    _check(query, key, value, runs, dense_rows, blocks)
     return query.new_empty((*query.shape[:3], value.shape[-1]))
 
 
@@ -110,19 +159,22 @@ def _run(
     scale: float | None = None,
     softcap: float = 0.0,
     min_tokens: int = 0,
+    *given: Any,
 ) -> Tensor:
     """Run the device's ``kernel``, or what stands in for it."""
-    _check(query, key, value, runs, dense_rows)
+    blocks = _blocks(*given)
+    _check(query, key, value, runs, dense_rows, blocks)
     lists = VisitList(runs, run_count, columns, column_count)
-    rest = (query_offset, scale, softcap, min_tokens)
+    rest = (query_offset, scale, softcap, min_tokens, *given)
     if key.shape[2] < min_tokens:
         return _dense(query, key, value, key_mask, *rest[:3])
     if not kernel.supports(query.dtype):
         return _reference(query, key, value, key_mask, *lists, dense_rows, *rest)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return kernel.launch(
-        query, key, value, key_mask, lists, dense_rows, query_offset, scale, softcap
-    )
+        query, key, value, key_mask, lists, dense_rows, query_offset, scale, softcap,
+        blocks,
+    )  # fmt: skip
 
 
 @torch.library.impl(_library, "visit_attention", "CPU")
@@ -155,18 +207,21 @@ def _dense(
 
 def _reference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     """Attention through the boolean mask that the lists mean."""
-    key_mask, *lists, dense_rows, offset, scale, softcap, min_tokens = rest
+    key_mask, *lists, dense_rows, offset, scale, softcap, min_tokens = rest[:10]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if key.shape[2] < min_tokens:
         static = ("causal", [0], [0], offset, scale, softcap)
         return attention_reference(query, key, value, key_mask, *static)
-    mask = VisitList(*lists).visited(dense_rows, query.shape[2], key.shape[2], offset)
+    blocks = _blocks(*rest[10:])
+    sizes = (query.shape[2], key.shape[2], offset)
+    mask = VisitList(*lists).visited(dense_rows, *sizes, blocks)
     return masked_attention(query, key, value, key_mask, mask, scale, softcap)
 
 
 register_backward(
     _library,
     "visit_attention",
-    f"{_TENSORS}float? scale, float softcap, SymInt min_tokens",
+    f"{_TENSORS}float? scale, float softcap, SymInt min_tokens, "
+    f"{_BLOCKS.format('', '')}int block",
     _reference,
 )

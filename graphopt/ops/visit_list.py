@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from graphopt.codegen.predicates import BLOCK
+from graphopt.ops.block_list import BlockList, override
 
 
 class VisitList(NamedTuple):
@@ -35,12 +36,18 @@ class VisitList(NamedTuple):
     column_count: Tensor
 
     def visited(
-        self, dense_rows: Sequence[int], query_len: int, kv_len: int, offset: int
+        self,
+        dense_rows: Sequence[int],
+        query_len: int,
+        kv_len: int,
+        offset: int,
+        blocks: BlockList | None = None,
     ) -> Tensor:
         """Return the mask that the lists mean, boolean [B, Hq, query_len, kv_len].
 
-        Blocks that hold one of the last ``dense_rows`` (one value a head or one for
-        all) rows see every earlier key. Written out by hand, to check the kernels.
+        Heads with a list in ``blocks`` visit its blocks alone. Blocks that hold one of
+        the last ``dense_rows`` (one value a head or one for all) rows see every earlier
+        key. Written out by hand, to check the kernels.
         """
         device = self.runs.device
         row = torch.arange(query_len, device=device)[:, None]
@@ -51,8 +58,10 @@ class VisitList(NamedTuple):
         )
         seen = _in_runs(distance, self.runs, used)
         seen |= self._in_columns(key, device)
+        seen = override(seen, blocks, query_len, kv_len, offset)
         tail = torch.tensor(list(dense_rows), device=device)[:, None, None]
-        block_end = (row // BLOCK + 1) * BLOCK
+        size = torch.tensor(_row_blocks(blocks), device=device)[:, None, None]
+        block_end = (row // size + 1) * size
         seen |= block_end.clamp(max=query_len) > query_len - tail
         return seen & (key <= row + offset)
 
@@ -61,6 +70,13 @@ class VisitList(NamedTuple):
         used = capacity < self.column_count[..., None]
         found = (self.columns[..., None] == key) & used[..., None]
         return found.any(2)[:, :, None]
+
+
+def _row_blocks(blocks: BlockList | None) -> list[int]:
+    """Return the rows that visit alike, one value a head or one for all."""
+    if blocks is None:
+        return [BLOCK]
+    return [BLOCK if index < 0 else blocks.block for index in blocks.heads]
 
 
 def _in_runs(distance: Tensor, runs: Tensor, used: Tensor) -> Tensor:
