@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from graphopt.outline.segments import target_name, type_of
+from graphopt.outline.sizes import canonical, described, needed
 
 
 @dataclass(frozen=True)
@@ -17,25 +18,25 @@ class Piece:
     """A part of the graph as a module, with the outer values that it reads and gives.
 
     Two pieces with the same ``key`` run the same code on other tensors: same operators,
-    literals and wiring, same types, strides and symbolic sizes of every input.
+    literals and wiring, same types, strides and symbolic sizes of every input, but for
+    the names of the sizes: ``symbols`` of one piece stand where those of the other do.
     """
 
     module: fx.GraphModule
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     key: str
+    symbols: tuple[str, ...]
 
 
 def extract(
     owner: fx.GraphModule, nodes: Sequence[fx.Node], symbols: Sequence[fx.Node]
 ) -> Piece:
-    """Copy ``nodes`` into a graph; ``symbols`` (size inputs) are always passed along.
-
-    Inductor must be able to bind every size symbol that it meets, and a size such as
-    ``s0 + s1`` cannot be solved from one tensor's shape.
-    """
+    """Copy ``nodes`` into a graph, with those of ``symbols`` (size inputs) it needs."""
     inside = set(nodes)
-    inputs = list(dict.fromkeys([*symbols, *_outer_reads(nodes, inside)]))
+    reads = list(dict.fromkeys(_outer_reads(nodes, inside)))
+    sizes = needed(reads, nodes, symbols)
+    inputs = list(dict.fromkeys([*sizes, *reads]))
     outputs = [n for n in nodes if any(user not in inside for user in n.users)]
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -47,8 +48,8 @@ def extract(
     graph.output(tuple(mapping[n] for n in outputs))
     module = fx.GraphModule(owner, graph)
     module.meta = dict(owner.meta)
-    key = _key(nodes, inputs, outputs)
-    return Piece(module, tuple(inputs), tuple(outputs), key)
+    key, names = _key(nodes, inputs, outputs, sizes)
+    return Piece(module, tuple(inputs), tuple(outputs), key, names)
 
 
 def _placeholder_name(index: int, node: fx.Node) -> str:
@@ -61,8 +62,11 @@ def _outer_reads(nodes: Sequence[fx.Node], inside: set[fx.Node]) -> list[fx.Node
 
 
 def _key(
-    nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
-) -> str:
+    nodes: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    sizes: Sequence[fx.Node],
+) -> tuple[str, tuple[str, ...]]:
     number = {node: i for i, node in enumerate([*inputs, *nodes])}
 
     def literal(value: object) -> object:
@@ -89,8 +93,9 @@ def _key(
     kinds = [_input_type(node) for node in inputs]
     aliases = _aliases(inputs)
     results = [number[node] for node in outputs]
-    text = repr((kinds, aliases, lines, results))
-    return hashlib.sha256(text.encode()).hexdigest()
+    text = repr((kinds, aliases, lines, results, described(sizes)))
+    text, names = canonical(text)
+    return hashlib.sha256(text.encode()).hexdigest(), names
 
 
 def _input_type(node: fx.Node) -> object:

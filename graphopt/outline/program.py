@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from graphopt._compat import isolated_tracing
+from graphopt.outline.guards import guard_alike, new_guards, shape_environment
 from graphopt.outline.pieces import Piece, extract
 from graphopt.outline.segments import find_layers, operator_nodes, target_name
 
@@ -78,11 +79,20 @@ def _compile_kinds(
     pieces: Sequence[Piece], compile_one: CompileOne
 ) -> dict[str, Compiled]:
     compiled: dict[str, Compiled] = {}
+    guarded: dict[str, tuple[Piece, list[Any]]] = {}
+    environment = shape_environment(pieces[1].module)
     for piece in pieces:
-        if piece.key not in compiled and piece.outputs:
-            examples = [n.meta.get("example_value") for n in piece.inputs]
-            with isolated_tracing():
-                compiled[piece.key] = compile_one(piece.module, examples)
+        if not piece.outputs:
+            continue
+        if piece.key in compiled:
+            first, guards = guarded[piece.key]
+            names = dict(zip(first.symbols, piece.symbols, strict=True))
+            guard_alike(environment, guards, names)
+            continue
+        examples = [n.meta.get("example_value") for n in piece.inputs]
+        with isolated_tracing(), new_guards(environment) as guards:
+            compiled[piece.key] = compile_one(piece.module, examples)
+        guarded[piece.key] = (piece, guards)
     return compiled
 
 

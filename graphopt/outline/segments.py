@@ -21,6 +21,7 @@ _ANCHORS = (
         "scaled_dot_product_attention",
         "graphopt.attention",
         "graphopt.visit_attention",
+        "graphopt.page_attention",
     ),
     ("softmax",),
 )
