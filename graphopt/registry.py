@@ -12,6 +12,7 @@ from graphopt.passes.base import Pass
 # name -> "module:class"; imported when first asked for, so a listing stays cheap.
 _BUILT_IN = {
     "structured-mask": "graphopt.passes.attention.structured_mask:StructuredMask",
+    "page-selection": "graphopt.passes.attention.page_selection:PageSelection",
     "sparse-attention": "graphopt.passes.attention.sparse_attention:SparseAttention",
 }
 

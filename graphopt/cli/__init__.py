@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from graphopt import __version__
-from graphopt.cli import bench, diff, doctor, explain, passes, run
+from graphopt.cli import bench, diff, doctor, explain, passes, run, search
 from graphopt.cli.output import print_error
 from graphopt.errors import ConfigError, GraphoptError, ModelError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 for command in (run.run, explain.explain, diff.diff, passes.passes, doctor.doctor):
     app.command()(command)
 app.command()(bench.bench)
+app.command()(search.search)
 
 
 @app.callback()

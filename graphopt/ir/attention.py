@@ -86,6 +86,7 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     """Return the attention sites of ``gm`` in graph order, numbered from 0."""
     from graphopt.ir.eager import match_eager
     from graphopt.ir.fused import match_op, match_sdpa, match_visit
+    from graphopt.ir.pages import match_pages
 
     evaluator = Evaluator(gm.graph)
     sites: list[AttentionSite] = []
@@ -98,6 +99,8 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
             site = match_op(node)
         elif name == "graphopt.visit_attention":
             site = match_visit(node)
+        elif name == "graphopt.page_attention":
+            site = match_pages(node)
         elif name == "softmax":
             site = match_eager(node, evaluator)
         if site is not None:

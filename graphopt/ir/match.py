@@ -97,6 +97,9 @@ def is_mutating(node: fx.Node) -> bool:
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return bool(node.target._schema.is_mutable)
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        found = (getattr(node.target, name) for name in node.target.overloads())
+        return any(overload._schema.is_mutable for overload in found)
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
         return True
     name = raw_name(node)

@@ -36,10 +36,10 @@ def replace_site(
     """
     with gm.graph.inserting_before(site.node):
         table = (pattern, list(sink), list(window))
-        mask, *rest = _shared(gm.graph, site, min_tokens)
+        mask, *rest = shared_arguments(gm.graph, site, min_tokens)
         args = (site.query, site.key, site.value, mask, *table, *rest)
-        node = _call(gm.graph, torch.ops.graphopt.attention.default, args)
-    return _substitute(gm, site, node)
+        node = call(gm.graph, torch.ops.graphopt.attention.default, args)
+    return substitute(gm, site, node)
 
 
 def replace_by_visit(
@@ -60,16 +60,18 @@ def replace_by_visit(
     graph = gm.graph
     tables = [list(t) for t in (sink, window, vertical, slash)]
     with graph.inserting_before(site.node):
-        mask, *rest = _shared(graph, site, min_tokens)
+        mask, *rest = shared_arguments(graph, site, min_tokens)
         select = torch.ops.graphopt.select_vertical_slash.default
-        lists = _call(graph, select, (site.query, site.key, mask, *tables, *rest))
+        lists = call(graph, select, (site.query, site.key, mask, *tables, *rest))
         parts = [_item(graph, lists, i) for i in range(4)]
         args = (site.query, site.key, site.value, mask, *parts, list(dense_rows), *rest)
-        node = _call(graph, torch.ops.graphopt.visit_attention.default, args)
-    return _substitute(gm, site, node)
+        node = call(graph, torch.ops.graphopt.visit_attention.default, args)
+    return substitute(gm, site, node)
 
 
-def _shared(graph: fx.Graph, site: AttentionSite, min_tokens: int) -> tuple[Any, ...]:
+def shared_arguments(
+    graph: fx.Graph, site: AttentionSite, min_tokens: int
+) -> tuple[Any, ...]:
     """Return the key mask and the last arguments, which the operators have alike."""
     offset = size_argument(graph, site.offset, [site.key, site.query])
     known = float_of(site.scale)
@@ -104,7 +106,8 @@ def _columns(graph: fx.Graph, site: AttentionSite, mask: fx.Node) -> fx.Node:
     return node
 
 
-def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """Insert a call of an operator whose first argument is a node; infer its value."""
     node = graph.call_function(target, args)
     values = fx.map_arg(args, lambda n: n.meta["example_value"])
     query: Any = values[0]
@@ -119,7 +122,8 @@ def _item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
     return item
 
 
-def _substitute(gm: fx.GraphModule, site: AttentionSite, node: fx.Node) -> fx.Node:
+def substitute(gm: fx.GraphModule, site: AttentionSite, node: fx.Node) -> fx.Node:
+    """Put ``node`` in the place of ``site``; ValueError where its value differs."""
     result, before = value_of(node), value_of(site.node)
     kept = {k: v for k, v in site.node.meta.items() if k != "example_value"}
     node.meta = {**kept, "example_value": result}

@@ -1,0 +1,18 @@
+"""Operators on paged keys and values."""
+
+from graphopt.ops.pages.append import append_reference
+from graphopt.ops.pages.attention import page_attention_reference
+from graphopt.ops.pages.held import Held, PageSet
+from graphopt.ops.pages.layout import LOGICAL, PAGE, pages_of
+from graphopt.ops.pages.read import read_reference
+
+__all__ = [
+    "LOGICAL",
+    "PAGE",
+    "Held",
+    "PageSet",
+    "append_reference",
+    "page_attention_reference",
+    "pages_of",
+    "read_reference",
+]

@@ -1,0 +1,130 @@
+"""`graphopt.Cache`: keys and values in pages, for transformers' ``generate``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers.cache_utils import Cache as TransformersCache
+
+from graphopt.errors import ConfigError
+from graphopt.ops.pages import PAGE, pages_of
+from graphopt.runtime.layer import PagedLayer, Rings
+from graphopt.runtime.rows import Rows, room_for
+
+KvDtype = Literal["int8", "int4"]
+
+
+class Cache(TransformersCache):
+    """A transformers cache whose keys and values lie in pages of 64 tokens.
+
+    ``model.generate(..., past_key_values=graphopt.Cache())`` gives the tokens that
+    ``DynamicCache`` gives, without copying the past at every step, and hands the pages
+    to the passes that read only some (`page-selection`).
+
+    ``max_tokens``: room for so many tokens a row, made once: no tensor ever moves.
+    Without it a row has twice its prompt's room and grows when that is used up, at the
+    price of another compilation of the decoding step.
+    ``kv_dtype``: keep int8 or int4 codes with a scale per token and head.
+    ``streaming``: per layer, the KV heads that keep a ring only: the first ``sink`` and
+    at least the last ``local`` tokens (LServe, Yang et al. 2025, section 3.3;
+    DuoAttention, Xiao et al. 2024). Such a model must be compiled with a pass that
+    reads rings.
+
+    Raises ConfigError for values that are no whole pages or name no dtype.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_tokens: int | None = None,
+        kv_dtype: KvDtype | None = None,
+        streaming: list[list[int]] | None = None,
+        sink: int = 128,
+        local: int = 256,
+    ) -> None:
+        super().__init__(layers=[])
+        if kv_dtype not in (None, "int8", "int4"):
+            raise ConfigError(
+                f"Cache: kv_dtype = {kv_dtype!r} is unknown; use 'int8', 'int4', or "
+                "None for the model's own"
+            )
+        for name, size in (("sink", sink), ("local", local)):
+            if size % PAGE or size < (PAGE if name == "local" else 0):
+                raise ConfigError(
+                    f"Cache: {name} = {size} must be a multiple of the page, {PAGE}"
+                )
+        self.max_tokens, self.kv_dtype = max_tokens, kv_dtype
+        self.streaming, self.sink, self.local = streaming, sink, local
+        self.rows = Rows()
+        self._last = -1
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Append key [B, Hkv, S, D] and value [B, Hkv, S, Dv] of layer ``layer_idx``.
+
+        Returns all keys and values of the layer, [B, Hkv, past + S, D or Dv].
+        """
+        if self._last < 0 or layer_idx <= self._last:
+            self._begin(key_states)
+        self._last = layer_idx
+        while len(self.layers) <= layer_idx:
+            rings = self._rings(len(self.layers))
+            self.layers.append(PagedLayer(self.rows, rings, self.kv_dtype or ""))
+        layer = self.layers[layer_idx]
+        if not layer.is_initialized:
+            layer.lazy_initialization(key_states, value_states)
+        return layer.update(key_states, value_states)
+
+    def _rings(self, index: int) -> Rings:
+        if self.streaming is None:
+            return Rings()
+        if index >= len(self.streaming):
+            raise ConfigError(
+                f"Cache: streaming names the heads of {len(self.streaming)} layers, "
+                f"and the model has a layer {index}"
+            )
+        pages = (self.sink // PAGE, self.local // PAGE + 1)
+        return Rings(tuple(self.streaming[index]), *pages)
+
+    def _begin(self, key: Tensor) -> None:
+        """Make room for a call's new tokens and count them."""
+        rows, new = self.rows, key.shape[2]
+        if rows.table is None:
+            pages = room_for(new) if self.max_tokens is None else None
+            rows.allocate(key.shape[0], pages or pages_of(self._limit()), key.device)
+        if rows.tokens + new > rows.capacity:
+            self._grow(rows.tokens + new)
+        rows.begin(new)
+
+    def _limit(self) -> int:
+        return self.max_tokens or 0
+
+    def _grow(self, tokens: int) -> None:
+        if self.max_tokens is not None:
+            raise ConfigError(
+                f"Cache: {tokens} tokens do not fit in max_tokens = {self.max_tokens}; "
+                "make the cache larger, or leave max_tokens out and it grows"
+            )
+        assert self.rows.table is not None
+        batch, pages = self.rows.table.shape[0], room_for(tokens)
+        self.rows.grow(pages)
+        for layer in self._paged():
+            layer.grow(batch, pages)
+
+    def _paged(self) -> list[PagedLayer]:
+        return [layer for layer in self.layers if layer.is_initialized]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens of the longest row."""
+        return self.rows.tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return how many keys attention will see, and the position of the first."""
+        return self.rows.tokens + query_length, 0

@@ -1,0 +1,166 @@
+"""One layer of the cache: its pools, and the choice of pages it made last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from graphopt.ops.pages import LOGICAL, PAGE
+from graphopt.runtime.rows import Rows, grown
+
+_CODES = {"int8": torch.int8, "int4": torch.uint8}
+
+
+@dataclass(frozen=True)
+class Rings:
+    """Which KV heads of a layer keep a ring, and how much: pages, not tokens."""
+
+    heads: tuple[int, ...] = ()
+    sink_pages: int = 0
+    ring_pages: int = 0
+
+    @property
+    def pages(self) -> int:
+        """Return the pages that a batch row keeps."""
+        return self.sink_pages + self.ring_pages
+
+
+class Pool:
+    """The pages of the keys and values of some heads of a layer."""
+
+    def __init__(self, heads: int, pages: int, key: Tensor, value: Tensor, kind: str):
+        self.keys = _pages(heads, pages, key, kind)
+        self.values = _pages(heads, pages, value, kind)
+        self.key_scales = self.value_scales = None
+        if kind in _CODES:
+            shape = (heads, pages, PAGE, 2)
+            self.key_scales = key.new_empty(shape, dtype=torch.float16)
+            self.value_scales = key.new_empty(shape, dtype=torch.float16)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return keys, values and their scales as the operators take them."""
+        return self.keys, self.values, self.key_scales, self.value_scales
+
+
+def _pages(heads: int, pages: int, like: Tensor, kind: str) -> Tensor:
+    width = like.shape[-1] // (2 if kind == "int4" else 1)
+    dtype = _CODES.get(kind, like.dtype)
+    return like.new_empty((heads, pages, PAGE, width), dtype=dtype)
+
+
+POOL = ("keys", "values", "key_scales", "value_scales")
+
+
+class PagedLayer(CacheLayerMixin):
+    """Keys [B, Hkv, S, D] and values [B, Hkv, S, Dv] of one layer, in pages."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, rows: Rows, rings: Rings, kind: str) -> None:
+        super().__init__()
+        self.rows, self.rings, self.kind = rows, rings, kind
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the pools for tensors like these; nothing is written yet."""
+        assert self.rows.table is not None
+        batch, pages = self.rows.table.shape
+        heads = key_states.shape[1] - len(self.rings.heads)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.full = Pool(heads, batch * pages, key_states, value_states, self.kind)
+        statistics = (heads, batch * pages, PAGE // LOGICAL, 2, key_states.shape[-1])
+        self.statistics = key_states.new_empty(statistics)
+        self.selected = self._new((batch, heads, pages), key_states)
+        self.selected_at = self._new((batch, heads), key_states)
+        self.ring: Pool | None = None
+        self.ring_table: Tensor | None = None
+        if self.rings.heads:
+            self._add_ring(batch, pages, key_states, value_states)
+        self.is_initialized = True
+
+    def _new(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        return torch.full(shape, -1, dtype=torch.int32, device=like.device)
+
+    def _add_ring(self, batch: int, pages: int, key: Tensor, value: Tensor) -> None:
+        room = self.rings.pages
+        heads = len(self.rings.heads)
+        self.ring = Pool(heads, batch * room + 1, key, value, self.kind)
+        self.ring_table = ring_table(self.rings, batch, pages, key.device)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append to the pages; return all keys and values for attention to see."""
+        key, value = key_states.detach(), value_states.detach()
+        rows = self.rows
+        rings = list(self.rings.heads)
+        full = [h for h in range(key.shape[1]) if h not in rings]
+        append = torch.ops.graphopt.append_pages
+        some = (key[:, full], value[:, full]) if rings else (key, value)
+        pools = self.full.tensors()
+        append(*some, rows.past, rows.table, *pools, self.statistics)
+        if self.ring is not None:
+            some = (key[:, rings], value[:, rings])
+            keep = (self.rings.sink_pages, self.rings.ring_pages)
+            append(*some, rows.past, self.ring_table, *self.ring.tensors(), None, *keep)
+        if rows.past_tokens == 0:
+            return key_states, value_states
+        return torch.ops.graphopt.read_pages(
+            *self.held(key.shape[2]), self.statistics, self.selected, self.selected_at,
+            rows.tokens, self.dtype,
+        )  # fmt: skip
+
+    def held(self, new: int) -> tuple[Any, ...]:
+        """Return the arguments of `graphopt.ops.pages.Held`."""
+        ring: tuple[Tensor | None, ...] = (None,) * 5
+        if self.ring is not None:
+            ring = (*self.ring.tensors(), self.ring_table)
+        keep = (list(self.rings.heads), self.rings.sink_pages, self.rings.ring_pages)
+        full = (*self.full.tensors(), self.rows.table)
+        return *full, *ring, *keep, self.rows.past, new
+
+    def get_seq_length(self) -> int:
+        """Return the tokens of the longest row."""
+        return self.rows.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys attention will see, and the position of the first."""
+        return self.rows.tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: a cache grows."""
+        return -1
+
+    def grow(self, batch: int, pages: int) -> None:
+        """Give every row ``pages`` pages."""
+        for name in POOL:
+            pool = getattr(self.full, name)
+            if pool is not None:
+                setattr(self.full, name, grown(pool, batch, pages))
+        self.statistics = grown(self.statistics, batch, pages)
+        more = pages - self.selected.shape[2]
+        self.selected = torch.nn.functional.pad(self.selected, (0, more), value=-1)
+        if self.ring is not None:
+            self.ring_table = ring_table(self.rings, batch, pages, self.device)
+
+    def forget_choice(self) -> None:
+        """Choose pages anew at the next step."""
+        self.selected_at.fill_(-1)
+
+    def reset(self) -> None:
+        """Forget the tokens; pools stay where they are."""
+        if self.is_initialized:
+            self.forget_choice()
+
+
+def ring_table(rings: Rings, batch: int, pages: int, device: torch.device) -> Tensor:
+    """Return which page of a ring's pool holds stretch p of row b, int32 [B, M]."""
+    stretch = torch.arange(pages, dtype=torch.int32, device=device)
+    turned = (stretch - rings.sink_pages) % rings.ring_pages + rings.sink_pages
+    place = torch.where(stretch < rings.sink_pages, stretch, turned)
+    row = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+    return row * rings.pages + place
