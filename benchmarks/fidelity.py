@@ -26,6 +26,7 @@ import torch
 from benchmarks.harness import keep, machine, plot
 from benchmarks.quality.draw import draw_density, draw_speedup
 from benchmarks.quality.measure import DENSE, Bench, Side, sides
+from benchmarks.quality.summary import summary
 from benchmarks.quality.table import PATTERNS, Setting, read_settings
 from graphopt.codegen.cache import cache_dir
 from graphopt.models import load
@@ -46,6 +47,7 @@ def main(quick: bool = False) -> dict[str, Any]:
     bench = _smollm2(max(lengths))
     done = None if quick else Partial(_partial_path(), _depends_on())
     rows = _Rows(done)
+    _print_estimate(bench, settings, lengths, retrieval)
     for tokens in lengths:
         for setting in settings:
             _fidelity(bench, rows, setting, tokens)
@@ -56,7 +58,7 @@ def main(quick: bool = False) -> dict[str, Any]:
     if not quick:
         plot("fidelity", lambda axes: draw_speedup(axes, rows.all, max(lengths)))
         plot("fidelity-density", lambda a: draw_density(a, rows.all, max(lengths)))
-    result = keep("fidelity", rows.all, _summary(rows.all, lengths), quick=quick)
+    result = keep("fidelity", rows.all, summary(rows.all, lengths, LAST), quick=quick)
     if done is not None:
         done.remove()
     return result
@@ -67,6 +69,20 @@ def _smollm2(tokens: int) -> Bench:
     text = language_reference()[: 8 * tokens]
     ids = loaded.tokenizer(text, return_tensors="pt").input_ids[:, : tokens + 1]
     return Bench(loaded.model, loaded.tokenizer, ids, LAST)
+
+
+def _print_estimate(
+    bench: Bench, settings: list[Setting], lengths: Any, retrieval: Any
+) -> None:
+    """Say how long a run from the start takes, as if every prefill were dense."""
+    bases = [s.baselines for s in settings]
+    passes = dict.fromkeys(lengths, 3 * len(bases) + 2 * sum(bases))
+    found = 1 + sum(1 + 2 * s.baselines for s in settings if s.retrieval)
+    for tokens in retrieval:
+        passes[tokens] = passes.get(tokens, 0) + 20 * found
+    seconds = bench.predict_seconds(passes)
+    text = ", ".join(f"{n} of {tokens} tokens" for tokens, n in passes.items())
+    print(f"prefills: {text}; at most about {seconds / 60:.0f} min", file=sys.stderr)
 
 
 class _Rows:
@@ -155,45 +171,6 @@ def _depends_on() -> dict[str, Any]:
         "lengths": [LENGTHS, RETRIEVAL],
         "last": LAST,
     } | versions
-
-
-def _summary(rows: list[dict[str, Any]], lengths: tuple[int, ...]) -> dict[str, Any]:
-    longest = max(lengths)
-    kl = {
-        r["config"]: r["mean_kl"]
-        for r in rows
-        if r["tokens"] == longest and r.get("default") and "mean_kl" in r
-    }
-    return {
-        f"kl_{longest}": kl,
-        "positions": LAST,
-        "behind_a_baseline": _behind(rows),
-        f"best_speedup_{longest}_within_kl_0.05": _best_speedup(rows, longest),
-    }
-
-
-def _behind(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the rows whose KL is no lower than that of a baseline of their density."""
-    measured = [r for r in rows if "mean_kl" in r]
-    own = {(r["config"], r["tokens"]): r for r in measured if not r["baseline"]}
-    found = set()
-    for row in (r for r in measured if r["baseline"]):
-        name, tokens = row["config"].split(" / ")[0], row["tokens"]
-        if own[name, tokens]["mean_kl"] >= row["mean_kl"]:
-            found.add(f"{row['config']} at {tokens}")
-    return sorted(found)
-
-
-def _best_speedup(rows: list[dict[str, Any]], tokens: int) -> dict[str, Any] | None:
-    near = [
-        r
-        for r in rows
-        if r["tokens"] == tokens and r.get("mean_kl", 1.0) <= 0.05 and "speedup" in r
-    ]
-    if not near:
-        return None
-    best = max(near, key=lambda r: r["speedup"])
-    return {key: best[key] for key in ("config", "speedup", "mean_kl", "density")}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from benchmarks import fidelity
 from benchmarks.quality.baselines import RandomColumns, columns_for, window_for
 from benchmarks.quality.measure import Bench, Side, sides
 from benchmarks.quality.passkey import DEPTHS, accuracy, needle, prompt_ids
+from benchmarks.quality.summary import summary
 from benchmarks.quality.table import Setting, read_settings
 from graphopt.codegen.predicates import count_pairs
 from graphopt.errors import ConfigError
@@ -174,7 +175,7 @@ def test_the_summary_names_rows_that_a_baseline_beats():
         row("b{x=1}", 0.2, default=False),
         {"config": "a", "tokens": 8192, "passkey": 1.0, "baseline": False},
     ]
-    found = fidelity._summary(rows, (4096, 8192))
+    found = summary(rows, (4096, 8192), 256)
     assert found["kl_8192"] == {
         "a": 0.04, "a / window": 0.5, "b": 0.4, "b / window": 0.3
     }  # fmt: skip

@@ -1,0 +1,126 @@
+"""``graphopt search``: a pattern, or a gate, for every head of a model."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from graphopt.cli.arguments import Dtype, Json, Model, dtype_of
+from graphopt.cli.output import print_json, print_table
+from graphopt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from graphopt.search.job import Found
+
+Say = Callable[[str, int, int], None]
+
+
+def search(
+    model: Model,
+    text: Annotated[
+        str | None,
+        typer.Option(help="A text file; CPython's language reference when left out."),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", "-n", min=128, help="Tokens of it to attend to.")
+    ] = 8192,
+    out: Annotated[
+        str | None,
+        typer.Option(help="The table to write: heads.toml, with --gates gates.tsv."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time of each pattern: a share of dense attention's (0.35 when left "
+            "out), or that of a-shape:SINK:WINDOW."
+        ),
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Take the sizes from a table written before; times nothing."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the excerpt, or the passkeys.")] = 0,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Choose a pattern for every head by measurement, and write a heads table.
+
+    Every candidate gets the size at which it takes the budget's time on this machine;
+    each head then gets the one whose output is nearest to dense attention's. The table
+    is read by the option ``table`` of the pass sparse-attention. What was finished when
+    a run is cut off is kept beside the table (.partial), and a rerun goes on from it.
+
+    Example: graphopt search smollm2 --tokens 8192 --out heads.toml
+    """
+    from graphopt.search.job import HeadJob, find_heads
+    from graphopt.search.texts import read_text
+
+    source, path = read_text(text), Path(out or "heads.toml")
+    loaded = _load(model, dtype)
+    words = ["graphopt", "search", model, *(["--text", text] if text else [])]
+    command = shlex.join([*words, "--tokens", str(tokens), "--seed", str(seed)])
+    job = HeadJob(command, source, tokens, seed, budget, sizes, dtype)
+    with _bar() as say:
+        found = find_heads(loaded, job, path, say)
+    _print(path, found, as_json)
+
+
+def _load(model: str, dtype: str) -> Any:
+    wanted = dtype_of(dtype)
+    from graphopt.models import load
+
+    loaded = load(model, wanted)
+    if loaded.tokenizer is None:
+        raise ConfigError(f"{model}: no tokenizer beside the model, so no text to read")
+    return loaded
+
+
+def _print(path: Path, found: Found, as_json: bool) -> None:
+    counts = Counter(name for name, _ in found.heads)
+    if as_json:
+        mean = sum(error for _, error in found.heads) / len(found.heads)
+        facts = {"table": str(path), "heads": counts, "mean_error": mean}
+        print_json({**facts, "left_out": found.left_out})
+        return
+    rows = []
+    for name, count in counts.most_common():
+        errors = [error for other, error in found.heads if other == name]
+        rows.append((name, count, sum(errors) / count, max(errors)))
+    columns = ("pattern", "heads", "mean error", "worst error")
+    print_table(f"written: {path}", columns, rows)
+    if found.left_out:
+        print_table("left out", ("pattern", "reason"), found.left_out.items())
+
+
+@contextmanager
+def _bar() -> Iterator[Say]:
+    """Show a bar on stderr, or a line a step where that is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what, done, of: print(
+            f"{what} ({done + 1} of {of})", file=sys.stderr, flush=True
+        )
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda what, done, of: bar.update(
+            task, description=what, completed=done, total=of
+        )
