@@ -56,23 +56,42 @@ def search(
         typer.Option(help="Take the sizes from a table written before; times nothing."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the excerpt, or the passkeys.")] = 0,
+    gates: Annotated[
+        bool, typer.Option("--gates", help="Train DuoAttention's gates instead.")
+    ] = False,
+    steps: Annotated[int, typer.Option(min=5, help="Steps of --gates.")] = 100,
+    context: Annotated[
+        int, typer.Option(min=128, help="Tokens of a sample of --gates.")
+    ] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Samples a step of --gates.")] = 1,
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Choose a pattern for every head by measurement, and write a heads table.
 
     Every candidate gets the size at which it takes the budget's time on this machine;
-    each head then gets the one whose output is nearest to dense attention's. The table
-    is read by the option ``table`` of the pass sparse-attention. What was finished when
-    a run is cut off is kept beside the table (.partial), and a rerun goes on from it.
+    each head then gets the one whose output is nearest to dense attention's. With
+    --gates, gates of KV heads are trained on hidden passkeys instead; the lowest mark
+    streaming heads. The option ``table`` of the pass sparse-attention reads both. What
+    was finished when a run is cut off is kept beside the table (.partial), and a rerun
+    goes on from it.
 
     Example: graphopt search smollm2 --tokens 8192 --out heads.toml
     """
     from graphopt.search.job import HeadJob, find_heads
     from graphopt.search.texts import read_text
 
-    source, path = read_text(text), Path(out or "heads.toml")
+    if gates and (budget or sizes):
+        raise ConfigError("--gates times nothing: leave --budget and --sizes out")
+    source = read_text(text)
+    path = Path(out or ("gates.tsv" if gates else "heads.toml"))
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--out {path}: there is no folder {path.parent}")
     loaded = _load(model, dtype)
+    if gates:
+        sizes_of_training = {"steps": steps, "context": context, "batch": batch}
+        _train(loaded, source, path, {**sizes_of_training, "seed": seed}, as_json)
+        return
     words = ["graphopt", "search", model, *(["--text", text] if text else [])]
     command = shlex.join([*words, "--tokens", str(tokens), "--seed", str(seed)])
     job = HeadJob(command, source, tokens, seed, budget, sizes, dtype)
@@ -89,6 +108,27 @@ def _load(model: str, dtype: str) -> Any:
     if loaded.tokenizer is None:
         raise ConfigError(f"{model}: no tokenizer beside the model, so no text to read")
     return loaded
+
+
+def _train(
+    loaded: Any, source: Any, path: Path, sizes: dict[str, int], as_json: bool
+) -> None:
+    from graphopt.search.gates import GateSettings, find_gates
+
+    with _bar() as say:
+        gates, losses = find_gates(loaded, source, GateSettings(**sizes), path, say)
+    facts = {
+        "table": str(path),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "mean_gate": float(gates.mean()),
+        "gates_under_half": int((gates < 0.5).sum()),
+        "gates": gates.numel(),
+    }
+    if as_json:
+        print_json(facts)
+    else:
+        print_table("gates", ("figure", "value"), facts.items())
 
 
 def _print(path: Path, found: Found, as_json: bool) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from graphopt.errors import ConfigError
@@ -22,11 +21,10 @@ from graphopt.ir.attention import AttentionSite
 from graphopt.search.calibrate import Budget, calibrate
 from graphopt.search.candidates import candidates
 from graphopt.search.layer import LayerAttention
-from graphopt.search.partial import Partial
+from graphopt.search.partial import Partial, Say
 from graphopt.search.runner import Edit, GraphRunner
 from graphopt.search.sites import causal_sites, scale_of, tap_site
 
-Say = Callable[[str, int, int], None]  # what, done, of
 SIZES = "sizes"
 
 
@@ -135,15 +133,3 @@ def _layer(index: int) -> str:
 
 def _attention(site: AttentionSite, q: Tensor, k: Tensor, v: Tensor) -> LayerAttention:
     return LayerAttention(q, k, v, scale_of(site), site.softcap)
-
-
-def threads_and_versions() -> dict[str, Any]:
-    """Return what the timing, and with it the sizes, depend on."""
-    import platform
-    from importlib.metadata import version
-
-    versions = {name: version(name) for name in ("graphopt", "torch", "transformers")}
-    return versions | {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}"
-    }

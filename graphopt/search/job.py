@@ -11,8 +11,8 @@ from graphopt.codegen.cache import write_atomic
 from graphopt.errors import ConfigError
 from graphopt.search.calibrate import check_sizes, parse_budget
 from graphopt.search.candidates import candidates
-from graphopt.search.heads import SIZES, HeadSearch, Say, threads_and_versions
-from graphopt.search.partial import Partial
+from graphopt.search.heads import SIZES, HeadSearch
+from graphopt.search.partial import Partial, Say, threads_and_versions
 from graphopt.search.table import best_of, read_sizes, table_text
 from graphopt.search.texts import Text
 

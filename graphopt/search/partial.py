@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from graphopt.codegen.cache import write_atomic
 from graphopt.errors import ConfigError
+
+Say = Callable[[str, int, int], None]  # what is done, how many are, of how many
 
 
 class Partial:
@@ -51,3 +57,12 @@ class Partial:
                     "run it as it was begun, or delete the file to start anew"
                 )
         return dict(parts)
+
+
+def threads_and_versions() -> dict[str, Any]:
+    """Return versions and the kind of machine, on which times and rounding depend."""
+    versions = {name: version(name) for name in ("graphopt", "torch", "transformers")}
+    return versions | {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}"
+    }
