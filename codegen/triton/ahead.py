@@ -28,7 +28,11 @@ from graphopt.errors import KernelError
 
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
-_LISTS = ("runs_ptr", "run_count_ptr", "columns_ptr", "column_count_ptr")
+_LISTS = {
+    **dict.fromkeys(("runs_ptr", "run_count_ptr", "columns_ptr"), "*i32"),
+    **dict.fromkeys(("column_count_ptr", "key_block_count_ptr"), "*i32"),
+    **{"block_heads_ptr": "*i32", "key_blocks_ptr": "*i16"},
+}
 _RUN_STEPS = 13  # for up to 8191 runs a head
 
 # What Triton turns into constants in a call with dense inputs.
@@ -94,7 +98,9 @@ def _signature(spec: AttentionSpec, names: list[str], tile: Tile) -> tuple[Any, 
 def _type(spec: AttentionSpec, name: str) -> str:
     if name == "mask_ptr":
         return "*u8"
-    if name in _LISTS or (name == "dense_rows" and spec.per_head):
+    if name in _LISTS:
+        return _LISTS[name]
+    if name == "dense_rows" and spec.per_head:
         return "*i32"
     if name.endswith("_ptr"):
         return _POINTERS[spec.dtype]

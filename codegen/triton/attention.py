@@ -110,11 +110,11 @@ def table_argument(
     if not spec.per_head:
         return table[0]
     heads = query.shape[1]
-    return _on_device(tuple((list(table) * heads)[:heads]), query.device)
+    return on_device(tuple((list(table) * heads)[:heads]), query.device)
 
 
 @cache
-def _on_device(table: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def on_device(table: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return ``table`` as an int32 tensor that lives as long as the process.
 
     It is made on a thread of its own: CUDA graphs redirect the allocations of the

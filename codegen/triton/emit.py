@@ -61,7 +61,7 @@ def _visit_parts(spec: AttentionSpec) -> dict[str, str]:
         "partial": "        start = full_end + tile * BLOCK_N",
         "gather": _template_text("gather.py.in").rstrip("\n"),
     }
-    loops = _template_text("visit.py.in").replace("@LIST_BLOCK@", str(BLOCK))
+    loops = _expand("visit.py.in", spec, "")
     for kind, start in starts.items():
         text = _expand("tile.py.in", spec, kind, start)
         inner = text if kind == "gather" else indent(text, "    ")
@@ -152,6 +152,7 @@ def _flags(spec: AttentionSpec, kind: str) -> frozenset[str]:
     flags.add("SOFTCAP" if spec.has_softcap else "NO_SOFTCAP")
     flags |= {"gather": {"GATHER"}, "partial": {"EDGE"}}.get(kind, set())
     flags |= {"VISIT"} if spec.is_visit else set()
+    flags.add("BLOCKS" if spec.block else "NO_BLOCKS")
     flags |= {"TABLE_DENSE_ROWS"} if spec.is_visit and spec.per_head else set()
     for name in map(str.upper, spec.parameters):
         flags |= {name, f"TABLE_{name}"} if spec.per_head else {name}
@@ -167,6 +168,8 @@ def _words(spec: AttentionSpec, kind: str) -> dict[str, str]:
     unspecialized = [*spec.parameters, "query_len", "kv_len", "query_offset"]
     if spec.is_visit:
         unspecialized += ["run_capacity", "column_capacity", "dense_rows"]
+    if spec.block:
+        unspecialized += ["block_lists", "row_blocks", "block_capacity"]
     if spec.per_head:
         tables = (*spec.parameters, "dense_rows")
         unspecialized = [name for name in unspecialized if name not in tables]
@@ -180,6 +183,8 @@ def _words(spec: AttentionSpec, kind: str) -> dict[str, str]:
         "VALUE_DIM": str(spec.value_dim),
         "GROUP": str(spec.group),
         "KIND": kind,
+        "LIST_BLOCK": str(BLOCK),
+        "KEY_BLOCK": str(spec.block),
         # Gathered keys have no order: 64-bit offsets of their own.
         "COLUMN": "k.to(tl.int64)" if kind == "gather" else "column",
         "VISIBLE_PARAMETERS": ", ".join(["q", "k", *spec.parameters]),

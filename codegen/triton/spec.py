@@ -41,6 +41,8 @@ class AttentionSpec:
     has_softcap: bool = False
     per_head: bool = False
     """Sink and window are int32 tables [Hq] instead of one number each."""
+    block: int = 0
+    """Tokens of a block where some heads have block lists; 0 where none has."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -74,6 +76,7 @@ class AttentionSpec:
                 ("mask", self.has_key_mask),
                 ("softcap", self.has_softcap),
                 ("heads", self.per_head),
+                (f"blocks{self.block}", self.block),
             )
             if on
         ]

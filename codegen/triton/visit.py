@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -12,6 +13,7 @@ from graphopt.codegen.targets import Tile
 from graphopt.codegen.triton.attention import (
     attention_spec,
     load,
+    on_device,
     require_runnable,
     supports,
     table_argument,
@@ -40,6 +42,11 @@ def launch(
     spec = attention_spec(
         query, key, value, key_mask, VISIT_LIST, (dense_rows,), softcap
     )
+    given = [t.contiguous() for t in lists]
+    if blocks is not None:
+        spec = replace(spec, block=blocks[3])
+        given += [t.contiguous() for t in blocks[:2]]
+        given.append(on_device(blocks[2], query.device))
     out = query.new_empty((*query.shape[:3], value.shape[-1]))
     if out.numel() == 0:
         return out
@@ -49,7 +56,6 @@ def launch(
     mask = [] if key_mask is None else [key_mask]
     rows = table_argument(spec, dense_rows, query)
     cap = [softcap] if softcap else []
-    given = [t.contiguous() for t in lists]
     tile = visit_tile(spec)
     with torch.cuda.device_of(query):
         load(spec).launch(

@@ -11,6 +11,7 @@ from graphopt.codegen.targets import TARGETS
 from graphopt.codegen.triton import visit
 from graphopt.codegen.triton.ahead import compile_ahead
 from graphopt.codegen.triton.spec import VISIT_LIST, AttentionSpec
+from tests.ops.block_lists import random_blocks
 from tests.ops.test_visit import lists_of, random_places
 from tests.oracle import assert_close, oracle, tensors
 
@@ -28,6 +29,8 @@ class Case:
     softcap: float = 0.0
     masked: bool = False
     dense_rows: tuple[int, ...] = (0,)
+    has_list: tuple[int, ...] = ()
+    block: int = 64
 
     def __str__(self):
         return f"{self.queries}x{self.keys} d{self.dim} g{self.group} {self.dtype}"
@@ -42,6 +45,12 @@ CASES = [
     Case(130, 200, dim=128, group=3, dtype=torch.bfloat16, masked=True),
     Case(200, 200, group=2, kv_heads=2, dense_rows=(0, 100, 5, 200)),
     Case(400, 400, dtype=torch.float16),
+    Case(1, 300, group=2, has_list=(1, 0)),
+    Case(65, 200, dim=72, group=2, has_list=(0, 1), masked=True),
+    Case(200, 200, group=2, kv_heads=2, has_list=(1, 0, 1, 1), block=128, masked=True),
+    Case(300, 300, group=3, has_list=(1,) * 3, dense_rows=(0, 3, 300), block=128),
+    Case(200, 330, dim=128, dtype=torch.bfloat16, has_list=(1,), softcap=5.0),
+    Case(150, 150, group=2, dtype=torch.float16, has_list=(1, 1), block=128),
 ]
 
 
@@ -54,12 +63,20 @@ def check(case, device="cpu"):
     lists = lists_of(columns, slashes, case.keys, batch=2)
     lists = type(lists)(*(t.to(device) for t in lists))
     offset, rows = case.keys - case.queries, list(case.dense_rows)
-    mask = lists.visited(rows, case.queries, case.keys, offset)
+    blocks = None
+    if case.has_list:
+        sizes = (case.queries, case.keys, offset, case.has_list, case.block)
+        blocks = random_blocks(*sizes, batch=2)
+        blocks = blocks._replace(
+            key_blocks=blocks.key_blocks.to(device),
+            key_block_count=blocks.key_block_count.to(device),
+        )
+    mask = lists.visited(rows, case.queries, case.keys, offset, blocks)
     key_mask = (torch.rand(2, case.keys) < 0.7).to(device) if case.masked else None
     if key_mask is not None:
         mask = mask & key_mask[:, None, None]
     rest = (offset, case.dim**-0.5, case.softcap)
-    actual = visit.launch(q, k, v, key_mask, lists, rows, *rest)
+    actual = visit.launch(q, k, v, key_mask, lists, rows, *rest, blocks)
     expected = oracle(q, k, v, mask, case.dim**-0.5, case.softcap)
     assert_close(actual, expected, case.dtype)
 
@@ -76,6 +93,7 @@ def test_on_the_device(case):
     check(case, "cuda")
 
 
+@pytest.mark.parametrize("block", [0, 64, 128])
 @pytest.mark.parametrize(
     ("target", "dim", "dtype"),
     [
@@ -86,8 +104,9 @@ def test_on_the_device(case):
         ("gfx942", 128, torch.float16),
     ],
 )
-def test_compiles_without_spills(target, dim, dtype):
-    spec = AttentionSpec(VISIT_LIST, dtype, dim, dim, 4, has_key_mask=dim == 64)
+def test_compiles_without_spills(target, dim, dtype, block):
+    flags = {"has_key_mask": dim == 64, "block": block}
+    spec = AttentionSpec(VISIT_LIST, dtype, dim, dim, 4, **flags)
     compiled = compile_ahead(spec, TARGETS[target])
     assert compiled.spills == 0
     assert compiled.shared_memory <= TARGETS[target].shared_memory
