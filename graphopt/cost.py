@@ -18,6 +18,18 @@ _RELATIVE_RATE = {"cpu": 0.75, "cuda": 0.5}
 _SHORTEST = {"cpu": 512, "cuda": 4096}
 _SLASH_KEYS = 1
 
+# Share of the causal pairs that antidiagonal heads visit at a threshold of 0.9, by
+# prompt length: the greater of strides 8 and 16 in XAttention's table 5 (Xu et al.
+# 2025). Lengths between two entries count as the shorter; under the first is dense.
+_DENSITY = {
+    4096: 0.55,
+    8192: 0.44,
+    16384: 0.289,
+    32768: 0.279,
+    65536: 0.113,
+    131072: 0.073,
+}
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -49,13 +61,16 @@ def attention_cost(
     window: int = 0,
     vertical: int = 0,
     slash: int = 0,
+    blocks: int = 0,
+    stride: int = 0,
+    threshold: float = 0.9,
 ) -> Cost:
     """Return the cost of prefill attention: 4 FLOPs per visited pair and channel.
 
-    ``vertical`` and ``slash`` are those of the pattern ``visit-list``.
+    ``vertical`` and what follows are those of the pattern ``visit-list``.
     """
     if pattern == "visit-list":
-        pairs = visit_pairs(sink, window, vertical, slash)
+        pairs = visit_pairs(sink, window, vertical, slash, blocks, stride, threshold)
     else:
         pairs = _pairs(pattern, sink, window)
     flops = 4 * BATCH * shape.num_heads * shape.head_dim * pairs
@@ -83,21 +98,54 @@ def pays_from(pattern: str, sink: int, window: int, device: str) -> int:
 
 @cache
 def visit_pays_from(
-    sink: int, window: int, vertical: int, slash: int, device: str
+    sink: int,
+    window: int,
+    vertical: int,
+    slash: int,
+    device: str,
+    blocks: int = 0,
+    stride: int = 0,
+    threshold: float = 0.9,
 ) -> int:
-    """Return the same for a vertical-slash head, its selection counted in."""
-    return _pays_from(visit_pairs(sink, window, vertical, slash), device)
+    """Return the same for a head of visit lists, its selection counted in."""
+    pairs = visit_pairs(sink, window, vertical, slash, blocks, stride, threshold)
+    return _pays_from(pairs, device)
 
 
-def visit_pairs(sink: int, window: int, vertical: int, slash: int) -> sympy.Expr:
+def visit_pairs(
+    sink: int,
+    window: int,
+    vertical: int,
+    slash: int,
+    blocks: int = 0,
+    stride: int = 0,
+    threshold: float = 0.9,
+) -> sympy.Expr:
     """Predict the pairs that visit lists visit and that their selection scores.
 
     How slashes merge depends on the prompt: `_SLASH_KEYS` is what one was seen to cost
-    a row beyond its neighbours. The last 64 queries are scored against all keys.
+    a row beyond its neighbours. The last 64 queries are scored against all keys. A head
+    with ``blocks`` or ``stride`` visits a block list instead; scoring is one product of
+    two, and half a pair.
     """
+    if stride:
+        causal, density = _pairs("causal", 0, 0), _antidiagonal_density(threshold)
+        return density * causal + causal / (2 * stride)
+    if blocks:
+        seen = _pairs("sliding-window", 0, blocks * BLOCK - BLOCK // 2)
+        return seen + _pairs("causal", 0, 0) / (2 * BLOCK**2)
     seen = sink + window + BLOCK // 2 + vertical + _SLASH_KEYS * slash
     scored = 2 * BLOCK * TOKENS if vertical or slash else 0
     return _pairs("sliding-window", 0, seen) + scored
+
+
+def _antidiagonal_density(threshold: float) -> Any:
+    """Return the expected share of causal pairs; thresholds under 1 count as 0.9."""
+    if threshold >= 1.0:
+        return sympy.Integer(1)
+    lengths, shares = zip(*_DENSITY.items(), strict=True)
+    limits = [sympy.Lt(TOKENS, length) for length in lengths]
+    return sympy.Piecewise(*zip((1.0, *shares), (*limits, True), strict=True))
 
 
 def _pays_from(sparse: sympy.Expr, device: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.codegen.cache import write_source
-from graphopt.codegen.cpp import attention, select, visit
+from graphopt.codegen.cpp import attention, select, select_blocks, visit
 from graphopt.codegen.triton.emit import emit as emit_triton
 from graphopt.codegen.triton.spec import VISIT_LIST, AttentionSpec
 from graphopt.ir.attention import AttentionSite
@@ -19,6 +19,8 @@ def kernel_spec(site: AttentionSite) -> AttentionSpec:
     is_visit = site.pattern == VISIT_LIST
     places = {"dense_rows": 8} if is_visit else {"sink": 5, "window": 6}
     tables: list[Any] = [argument(site.node, i, name) for name, i in places.items()]
+    has_blocks = is_visit and argument(site.node, 13, "key_blocks") is not None
+    block: Any = argument(site.node, 16, "block") if has_blocks else 0
     return AttentionSpec(
         pattern=site.pattern,
         dtype=value_of(site.query).dtype,
@@ -28,15 +30,18 @@ def kernel_spec(site: AttentionSite) -> AttentionSpec:
         has_key_mask=site.key_mask is not None,
         has_softcap=site.softcap != 0.0,
         per_head=any(len(set(table)) > 1 for table in tables),
+        block=block,
     )
 
 
 def emit_kernels(specs: Iterable[AttentionSpec], device: str) -> list[Path]:
     """Write each kernel's source for ``device`` (cpu or cuda); return the paths."""
+    specs = sorted(set(specs), key=lambda spec: spec.name)
     if device != "cpu":
-        ordered = sorted(set(specs), key=lambda spec: spec.name)
-        return [write_source(spec.name, ".py", emit_triton(spec)) for spec in ordered]
+        return [write_source(spec.name, ".py", emit_triton(spec)) for spec in specs]
     sources: dict[str, str] = {}
+    if any(spec.block for spec in specs):
+        sources["select_blocks"] = select_blocks.emit()
     for pattern in sorted({spec.pattern for spec in specs}):
         if pattern == VISIT_LIST:
             sources["select_vertical_slash"] = select.emit()

@@ -66,11 +66,18 @@ def match_visit(node: fx.Node) -> AttentionSite:
     )
 
 
-def visit_tables(site: AttentionSite) -> list[tuple[int, ...]]:
-    """Return (sink, window, vertical, slash) of each head of a visit-list site."""
+def visit_tables(site: AttentionSite) -> list[tuple[Any, ...]]:
+    """Return (sink, window, vertical, slash, blocks, stride, threshold) of each head.
+
+    ``site`` is of the pattern visit-list; the last three are 0 without a block list.
+    """
     lists: Any = argument(site.node, 4, "runs")
-    select = lists.args[0]
-    tables = [list(argument(select, i, "")) for i in range(3, 7)]
+    tables = [list(argument(lists.args[0], i, "")) for i in range(3, 7)]
+    blocks: Any = argument(site.node, 13, "key_blocks")
+    if blocks is None:
+        tables += [[0]] * 3
+    else:
+        tables += [list(argument(blocks.args[0], i, "")) for i in range(3, 6)]
     return list(
         zip(*((t * site.num_heads)[: site.num_heads] for t in tables), strict=True)
     )

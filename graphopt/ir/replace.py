@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from graphopt.ir.match import (
     value_of,
 )
 from graphopt.ir.sizes import size_argument
+from graphopt.ops.block_kinds import head_kinds, kind_lists, list_block
 
 
 def replace_site(
@@ -42,6 +44,15 @@ def replace_site(
     return substitute(gm, site, node)
 
 
+@dataclass(frozen=True)
+class BlockTables:
+    """The tables of `graphopt.ops.block_selection`, one value for all heads or each."""
+
+    blocks: list[int]
+    stride: list[int]
+    threshold: list[float]
+
+
 def replace_by_visit(
     gm: fx.GraphModule,
     site: AttentionSite,
@@ -51,11 +62,13 @@ def replace_by_visit(
     vertical: Sequence[int],
     slash: Sequence[int],
     dense_rows: Sequence[int],
+    blocks: BlockTables | None = None,
     min_tokens: int = 0,
 ) -> fx.Node:
     """Put a vertical-slash selection and attention over its lists in place of ``site``.
 
-    The tables are those of `graphopt.ops.selection`; returns the attention's node.
+    The tables are those of `graphopt.ops.selection`; with ``blocks`` some heads get a
+    block list beside them. Returns the attention's node.
     """
     graph = gm.graph
     tables = [list(t) for t in (sink, window, vertical, slash)]
@@ -65,8 +78,28 @@ def replace_by_visit(
         lists = call(graph, select, (site.query, site.key, mask, *tables, *rest))
         parts = [_item(graph, lists, i) for i in range(4)]
         args = (site.query, site.key, site.value, mask, *parts, list(dense_rows), *rest)
+        if blocks is not None:
+            args += _block_lists(graph, site, blocks, mask, rest)
         node = call(graph, torch.ops.graphopt.visit_attention.default, args)
     return substitute(gm, site, node)
+
+
+def _block_lists(
+    graph: fx.Graph,
+    site: AttentionSite,
+    blocks: BlockTables,
+    mask: fx.Node | None,
+    rest: Sequence[Any],
+) -> tuple[Any, ...]:
+    """Insert the selection; return the arguments that attention takes for it."""
+    tables = (blocks.blocks, blocks.stride, blocks.threshold)
+    kinds = head_kinds(*tables, site.num_heads)
+    block = list_block(kinds)
+    select = torch.ops.graphopt.select_blocks.default
+    args = (site.query, site.key, mask, *tables, block, *rest)
+    lists = call(graph, select, args)
+    parts = (_item(graph, lists, i) for i in range(2))
+    return (*parts, list(kind_lists(kinds, site.num_heads)), block)
 
 
 def shared_arguments(

@@ -117,7 +117,9 @@ def _minference_head(path: str, layer: int, head: str, entry: Any) -> HeadPatter
         return HeadPattern("vertical-slash", sink, window, *chosen)
     if name == "stream_llm":
         return HeadPattern("a-shape", first, second)
-    known = ("vertical_and_slash", "stream_llm")
+    if name == "block_sparse":
+        return HeadPattern("block-sparse", blocks=max(first, 1))
+    known = ("vertical_and_slash", "stream_llm", "block_sparse")
     raise ConfigError(f"{where}: unknown pattern '{name}'{did_you_mean(name, known)}")
 
 

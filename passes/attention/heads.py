@@ -8,13 +8,23 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from graphopt.codegen.predicates import BLOCK
+from graphopt.ops.block_kinds import SPARSE_BLOCK, STRIDED_BLOCK
 
 Pattern = Literal[
-    "a-shape", "streaming", "sliding-window", "tri-shape", "vertical-slash", "dense"
+    "a-shape",
+    "streaming",
+    "sliding-window",
+    "tri-shape",
+    "vertical-slash",
+    "block-sparse",
+    "antidiagonal",
+    "dense",
 ]
 Index = Annotated[int, Field(ge=0)]
 Tokens = Annotated[int, Field(ge=0)]
 Width = Annotated[int, Field(gt=0)]
+Stride = Literal[4, 8, 16]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 # A window that no prompt reaches: such a head sees every earlier key.
 UNBOUNDED = 2**31 - 1
@@ -22,6 +32,7 @@ UNBOUNDED = 2**31 - 1
 # What a pattern takes where the config gives no sink or window, in tokens.
 _SINK = {"vertical-slash": 30, "sliding-window": 0, "dense": 0}
 _WINDOW = {"vertical-slash": 100, "dense": UNBOUNDED}
+_BLOCK_PATTERNS = ("block-sparse", "antidiagonal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +52,9 @@ class HeadRule:
     vertical: Tokens | None = None
     slash: Tokens | None = None
     last: Tokens | None = None
+    blocks: Width | None = None
+    stride: Stride | None = None
+    threshold: Share | None = None
 
     def covers(self, layer: int, head: int) -> bool:
         """Tell whether the row speaks of this head."""
@@ -58,6 +72,9 @@ class HeadPattern:
     vertical: int = 0
     slash: int = 0
     last: int = 0
+    blocks: int = 100
+    stride: int = 16
+    threshold: float = 0.9
 
     def overridden(self, rule: HeadRule) -> HeadPattern:
         """Return this pattern with what ``rule`` gives."""
@@ -78,10 +95,14 @@ class HeadPattern:
     @property
     def is_static(self) -> bool:
         """Tell whether a predicate over (query, key) says which keys are seen."""
-        return self.pattern not in ("vertical-slash", "tri-shape")
+        return self.pattern not in ("vertical-slash", "tri-shape", *_BLOCK_PATTERNS)
 
     def row(self) -> VisitRow:
         """Return the pattern in terms of visit lists, blocks of 64 rows alike."""
+        if self.pattern == "block-sparse":
+            return VisitRow(0, 0, 0, 0, 0, blocks=self.blocks)
+        if self.pattern == "antidiagonal":
+            return VisitRow(0, 0, 0, 0, 0, stride=self.stride, threshold=self.threshold)
         sink, window = self.sizes()
         if self.pattern == "streaming":
             # Whole blocks back from the block's own: the farthest key is its first.
@@ -98,10 +119,35 @@ class HeadPattern:
 
 @dataclass(frozen=True, order=True)
 class VisitRow:
-    """What one head keeps: see `graphopt.ops.selection`; ``last`` rows are dense."""
+    """What one head keeps: see `graphopt.ops.selection`; ``last`` rows are dense.
+
+    ``blocks`` and ``stride`` are those of `graphopt.ops.block_selection`, 0 for heads
+    without a block list; heads with one have no sink and no window.
+    """
 
     sink: int
     window: int
     vertical: int
     slash: int
     last: int
+    blocks: int = 0
+    stride: int = 0
+    threshold: float = 1.0
+
+    @property
+    def has_list(self) -> bool:
+        """Tell whether the head visits the blocks of a list."""
+        return self.blocks > 0 or self.stride > 0
+
+    def exact_to(self) -> int:
+        """Return the prompt length up to which every key is visited, in tokens.
+
+        The first block and a row's own are always visited: two blocks are all.
+        """
+        if self.stride:
+            return UNBOUNDED if self.threshold >= 1.0 else 2 * STRIDED_BLOCK
+        return max(self.blocks, 2) * SPARSE_BLOCK if self.blocks else self.window
+
+    def covered(self) -> int:
+        """Return how many keys a row visits at least, where so many are there."""
+        return self.exact_to() if self.has_list else self.sink + self.window

@@ -11,7 +11,7 @@ from torch import fx
 from graphopt import cost
 from graphopt.codegen.predicates import BLOCK
 from graphopt.ir.attention import AttentionSite
-from graphopt.ir.replace import replace_by_visit, replace_site
+from graphopt.ir.replace import BlockTables, replace_by_visit, replace_site
 from graphopt.passes.attention.heads import UNBOUNDED, HeadPattern, VisitRow
 
 _Row = TypeVar("_Row")
@@ -61,14 +61,23 @@ class VisitPlan:
     rows: tuple[VisitRow, ...]
 
     def narrowest(self) -> int:
-        """Return the window of the narrowest head, in tokens."""
-        return min(row.window for row in self.rows)
+        """Return the length up to which every head sees everything, in tokens."""
+        return min(row.exact_to() for row in self.rows)
 
     def pays_from(self, device: str) -> int:
         """Return the length from which some head is predicted faster than dense."""
-        covered = min(row.sink + row.window for row in self.rows) + 1
+        covered = min(row.covered() for row in self.rows) + 1
         pays = (
-            cost.visit_pays_from(r.sink, r.window, r.vertical, r.slash, device)
+            cost.visit_pays_from(
+                r.sink,
+                r.window,
+                r.vertical,
+                r.slash,
+                device,
+                r.blocks,
+                r.stride,
+                r.threshold,
+            )
             for r in set(self.rows)
         )
         return max(min(pays), covered)
@@ -83,16 +92,36 @@ class VisitPlan:
             vertical=[row.vertical for row in self.rows],
             slash=[row.slash for row in self.rows],
             dense_rows=[row.last for row in self.rows],
+            blocks=self._block_tables(),
             min_tokens=pays,
+        )
+
+    def _block_tables(self) -> BlockTables | None:
+        if not any(row.has_list for row in self.rows):
+            return None
+        return BlockTables(
+            [row.blocks for row in self.rows],
+            [row.stride for row in self.rows],
+            [row.threshold for row in self.rows],
         )
 
     def describe(self) -> str:
         """Return what the remark says."""
-        row = max(self.rows, key=lambda r: (r.slash, r.vertical))
-        text = f"visit lists, sink {row.sink}, window {row.window}"
-        if row.vertical or row.slash:
-            text += f", {row.vertical} columns and {row.slash} slashes chosen"
-        return text + _kinds(len(set(self.rows)))
+        parts = ["visit lists"]
+        lines = [row for row in self.rows if not row.has_list]
+        if lines:
+            row = max(lines, key=lambda r: (r.slash, r.vertical))
+            parts.append(f"sink {row.sink}, window {row.window}")
+            if row.vertical or row.slash:
+                parts.append(f"{row.vertical} columns and {row.slash} slashes chosen")
+        parts += sorted({_describe_list(row) for row in self.rows if row.has_list})
+        return ", ".join(parts) + _kinds(len(set(self.rows)))
+
+
+def _describe_list(row: VisitRow) -> str:
+    if row.stride:
+        return f"blocks of {row.threshold:g} of the mass by stride {row.stride}"
+    return f"best {row.blocks} blocks"
 
 
 def _kinds(count: int) -> str:

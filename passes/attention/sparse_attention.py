@@ -17,6 +17,8 @@ from graphopt.passes.attention.heads import (
     HeadPattern,
     HeadRule,
     Index,
+    Share,
+    Stride,
     Tokens,
     Width,
 )
@@ -34,10 +36,17 @@ class SparseAttention(Pass):
     first ``sink`` and the last ``window`` tokens, ``streaming`` the same in blocks of
     64, ``sliding-window`` has no sink, and in ``tri-shape`` the ``last`` rows see
     everything. ``vertical-slash`` adds, per head and prompt, the ``vertical`` columns
-    and ``slash`` diagonals on which the last 64 queries put most mass. Approximate;
-    with a window of at least the prompt's length the result is the dense one, bit for
-    bit. Pays on prompts longer than about what is seen; shorter ones stay dense inside
-    the same graph.
+    and ``slash`` diagonals on which the last 64 queries put most mass. ``block-sparse``
+    sees, per 64 rows, the ``blocks`` blocks of 64 keys whose mean key has the greatest
+    product with the rows' mean query; ``antidiagonal``, per 128 rows, the heaviest
+    blocks of 128 keys that hold ``threshold`` of the softmax mass in a map of sums over
+    antidiagonals of ``stride`` rows and keys. Both always see the first block and the
+    rows' own.
+
+    Approximate; with a window of at least the prompt's length, a threshold of 1 or as
+    many blocks as the prompt has, the dense kernel runs and the result is the dense
+    one, bit for bit. Pays on prompts longer than about what is seen; shorter ones stay
+    dense inside the same graph.
 
     Before::
 
@@ -52,6 +61,12 @@ class SparseAttention(Pass):
         %l = graphopt.select_vertical_slash(%q, %k, None, [30], [100], [1000], [6096])
         %o = graphopt.visit_attention(%q, %k, %v, None, %l[0], %l[1], %l[2], %l[3], [0])
 
+    After, with antidiagonal; ``%l`` is for heads of other patterns, here empty::
+
+        %l = graphopt.select_vertical_slash(%q, %k, None, [0], [0], [0], [0])
+        %b = graphopt.select_blocks(%q, %k, None, [0], [16], [0.9], 128)
+        %o = graphopt.visit_attention(..., [0], 0, None, 0.0, 0, %b[0], %b[1], [0, 1], 128)
+
     Refuses when
 
     - ``decode``: one query row, attended densely;
@@ -64,13 +79,19 @@ class SparseAttention(Pass):
 
     name: ClassVar[str] = "sparse-attention"
     source: ClassVar[str] = (
-        "MInference (Jiang et al. 2024, A-shape and vertical-slash); LServe (Yang et "
-        "al. 2025) and StreamingLLM (Xiao et al. 2023), streaming heads; SCBench (Li "
-        "et al. 2025, tri-shape)"
+        "MInference (Jiang et al. 2024, A-shape, vertical-slash, block-sparse); LServe "
+        "(Yang et al. 2025) and StreamingLLM (Xiao et al. 2023), streaming heads; "
+        "SCBench (Li et al. 2025, tri-shape); XAttention (Xu et al. 2025, antidiagonal)"
     )
 
     pattern: Literal[
-        "a-shape", "streaming", "sliding-window", "tri-shape", "vertical-slash"
+        "a-shape",
+        "streaming",
+        "sliding-window",
+        "tri-shape",
+        "vertical-slash",
+        "block-sparse",
+        "antidiagonal",
     ] = option("a-shape", "which keys a query visits")
     sink: Tokens | None = option(
         None, "first tokens that every query sees: 128; vertical-slash 30", "tokens"
@@ -83,6 +104,11 @@ class SparseAttention(Pass):
     vertical: Tokens = option(1000, "columns chosen beside the sinks (vertical-slash)")
     slash: Tokens = option(
         6096, "diagonals chosen beside the window's (vertical-slash)"
+    )
+    blocks: Width = option(100, "key blocks of 64 a row block sees (block-sparse)")
+    stride: Stride = option(16, "rows and keys of an antidiagonal sum (antidiagonal)")
+    threshold: Share = option(
+        0.9, "share of a row block's mass that its blocks hold (antidiagonal)"
     )
     last: Tokens = option(100, "last rows that see everything (tri-shape)", "tokens")
     layers: list[Index] | None = option(None, "layers to rewrite; all when left out")
@@ -121,7 +147,8 @@ class SparseAttention(Pass):
 
     def _base(self) -> HeadPattern:
         sizes = (self.sink, self.window, self.vertical, self.slash, self.last)
-        return HeadPattern(self.pattern, *sizes)
+        chosen = (self.blocks, self.stride, self.threshold)
+        return HeadPattern(self.pattern, *sizes, *chosen)
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Rewrite the causal prefill sites of the selected layers."""

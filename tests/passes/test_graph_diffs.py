@@ -12,6 +12,11 @@ VERTICAL_SLASH = (
     "sparse-attention{pattern=vertical-slash,sink=2,window=4,vertical=3,slash=5,"
     "force=true,heads=[{heads=[0],pattern=dense}]}"
 )
+BLOCKS = (
+    "sparse-attention{pattern=antidiagonal,sink=2,window=4,force=true,"
+    "heads=[{heads=[0],pattern=block-sparse,blocks=3},{heads=[1],stride=4,"
+    "threshold=0.5},{heads=[2],pattern=vertical-slash,vertical=3,slash=5}]}"
+)
 LOSSLESS = "structured-mask"
 
 
@@ -32,6 +37,17 @@ def test_vertical_slash(graph_diff, name):
     }
     golden = f"vertical-slash-{name}"
     graph_diff(TINY[name](), VERTICAL_SLASH, golden, layer=1, **inputs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_block_lists(graph_diff, name):
+    inputs = {
+        "input_ids": token_ids(2, 24),
+        "attention_mask": padding_mask([24, 17], 24),
+        "use_cache": True,
+    }
+    golden = f"block-lists-{name}"
+    graph_diff(TINY[name](), BLOCKS, golden, layer=1, **inputs)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
