@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.backend import compile, last_reports
+    from graphopt.runtime.cache import Cache
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compile", "last_reports"]
+__all__ = ["Cache", "__version__", "compile", "last_reports"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from graphopt import backend
 
         return getattr(backend, name)
+    if name == "Cache":
+        from graphopt.runtime.cache import Cache
+
+        return Cache
     raise AttributeError(f"module 'graphopt' has no attribute '{name}'")

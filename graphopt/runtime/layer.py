@@ -89,7 +89,12 @@ class PagedLayer(CacheLayerMixin):
         room = self.rings.pages
         heads = len(self.rings.heads)
         self.ring = Pool(heads, batch * room + 1, key, value, self.kind)
-        self.ring_table = ring_table(self.rings, batch, pages, key.device)
+        self.place_rings(batch, pages)
+
+    def place_rings(self, batch: int, pages: int) -> None:
+        """Say where ``pages`` stretches of ``batch`` rows lie in the rings' pool."""
+        if self.ring is not None:
+            self.ring_table = ring_table(self.rings, batch, pages, self.device)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -135,6 +140,12 @@ class PagedLayer(CacheLayerMixin):
         """Return -1: a cache grows."""
         return -1
 
+    def tensors(self) -> list[Tensor]:
+        """Return everything the layer keeps of its tokens."""
+        pools = [self.full] if self.ring is None else [self.full, self.ring]
+        kept = [t for pool in pools for t in pool.tensors() if t is not None]
+        return [*kept, self.statistics]
+
     def grow(self, batch: int, pages: int) -> None:
         """Give every row ``pages`` pages."""
         for name in POOL:
@@ -144,8 +155,7 @@ class PagedLayer(CacheLayerMixin):
         self.statistics = grown(self.statistics, batch, pages)
         more = pages - self.selected.shape[2]
         self.selected = torch.nn.functional.pad(self.selected, (0, more), value=-1)
-        if self.ring is not None:
-            self.ring_table = ring_table(self.rings, batch, pages, self.device)
+        self.place_rings(batch, pages)
 
     def forget_choice(self) -> None:
         """Choose pages anew at the next step."""

@@ -30,6 +30,8 @@ class Rows:
         self.table: Tensor | None = None
         self.mark: Tensor | None = None
         self.past_mark: Tensor | None = None
+        self.ragged = False  # rows of different lengths
+        self.shared = False  # some row reads pages of another
 
     @property
     def tokens(self) -> int:

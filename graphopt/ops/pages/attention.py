@@ -37,15 +37,20 @@ _library.define(
 @torch.library.register_fake("graphopt::page_attention", lib=_library)
 def _fake(query: Tensor, *inputs: Any) -> Tensor:
     held = Held.of(*inputs[:15])
+    _check(query)
+    return query.new_empty((*query.shape[:3], held.full.widths()[1]))
+
+
+def _check(query: Tensor) -> None:
     if query.shape[2] != 1:
         raise ValueError(
             f"graphopt.page_attention: {query.shape[2]} query rows; it decodes one"
         )
-    return query.new_empty((*query.shape[:3], held.full.widths()[1]))
 
 
 def page_attention_reference(query: Tensor, *inputs: Any) -> Tensor:
     """Attend through the boolean mask of what is visited; any device and float."""
+    _check(query)
     held, (statistics, selected, selected_at) = Held.of(*inputs[:15]), inputs[15:18]
     key_mask, budget, interval, scale, softcap = _options(query, *inputs[18:])
     tokens = held.full.table.shape[1] * PAGE
@@ -132,6 +137,7 @@ def _cpu(query: Tensor, *inputs: Any) -> Tensor:
 
     if not kernel.supports(query.dtype):
         return page_attention_reference(query, *inputs)
+    _check(query)
     held, (statistics, selected, selected_at) = Held.of(*inputs[:15]), inputs[15:18]
     options = _options(query, *inputs[18:])
     return kernel.launch(query, *held, statistics, selected, selected_at, *options)

@@ -1,0 +1,100 @@
+"""A cache on disk: one safetensors file with the pages that hold tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from graphopt.errors import ConfigError
+from graphopt.ops.pages import pages_of
+from graphopt.runtime.layer import POOL, PagedLayer
+from graphopt.runtime.rows import grown
+
+if TYPE_CHECKING:
+    from graphopt.runtime.cache import Cache
+
+_FORMAT = "graphopt-cache-1"
+_OPTIONS = ("max_tokens", "kv_dtype", "streaming", "sink", "local")
+
+
+def save(cache: Cache, path: str | Path) -> None:
+    """Write ``cache`` to ``path``; raises ConfigError for one that is empty."""
+    rows = cache.rows
+    if rows.lengths is None or rows.table is None or not rows.tokens:
+        raise ConfigError("Cache.save: the cache holds no tokens yet")
+    used = rows.table[:, : pages_of(rows.tokens)].long()
+    tensors = {"lengths": rows.lengths}
+    for index, layer in enumerate(cache.layers):
+        for name, pool, is_ring in _pools(layer):
+            kept = pool if is_ring else pool[:, used].flatten(1, 2)
+            tensors[f"{index}.{name}"] = kept.contiguous()
+    options = {name: getattr(cache, name) for name in _OPTIONS}
+    about = {"format": _FORMAT, "layers": len(cache.layers), "options": options}
+    dtypes = [str(layer.dtype).removeprefix("torch.") for layer in cache.layers]
+    text = json.dumps({**about, "dtypes": dtypes})
+    save_file(tensors, path, {"graphopt": text})
+
+
+def load(kind: type[Cache], path: str | Path, device: str | torch.device) -> Cache:
+    """Read a cache that `save` wrote; raises ConfigError where it cannot."""
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            about = json.loads((file.metadata() or {}).get("graphopt", "{}"))
+            if about.get("format") != _FORMAT:
+                raise ConfigError(f"{path}: not a graphopt cache ({_FORMAT})")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: cannot read the cache: {error}") from None
+    cache = kind(**about["options"])
+    lengths = tensors["lengths"]
+    _fill_rows(cache, lengths)
+    for index, dtype in enumerate(about["dtypes"]):
+        rings = cache.rings_of(index)
+        layer = PagedLayer(cache.rows, rings, cache.kv_dtype or "")
+        cache.layers.append(layer)
+        _fill(layer, index, tensors, getattr(torch, dtype), len(lengths))
+    return cache
+
+
+def _fill_rows(cache: Cache, lengths: Tensor) -> None:
+    tokens = lengths.tolist()
+    cache.allocate(len(tokens), max(tokens), lengths.device)
+    cache.rows.set_lengths(tokens)
+    cache.rows.ragged = len(set(tokens)) > 1
+
+
+def _fill(
+    layer: PagedLayer, index: int, tensors: dict[str, Tensor], dtype: Any, batch: int
+) -> None:
+    def shaped(name: str) -> Tensor:
+        pool = tensors[f"{index}.full.{name}"]
+        heads = pool.shape[0] + len(layer.rings.heads)
+        width = pool.shape[-1] * (2 if pool.dtype == torch.uint8 else 1)
+        return pool.new_empty((batch, heads, 0, width), dtype=dtype)
+
+    layer.lazy_initialization(shaped("keys"), shaped("values"))
+    assert layer.rows.table is not None
+    pages = layer.rows.table.shape[1]
+    for name, pool, is_ring in list(_pools(layer)):
+        stored = tensors[f"{index}.{name}"]
+        pool.copy_(stored if is_ring else grown(stored, batch, pages))
+
+
+def _pools(layer: PagedLayer) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yield name, tensor, and whether it belongs to a ring, of what a layer keeps."""
+    for part, pool in (("full", layer.full), ("ring", layer.ring)):
+        for name in POOL if pool is not None else ():
+            tensor = getattr(pool, name)
+            if tensor is not None:
+                yield f"{part}.{name}", tensor, part == "ring"
+    yield "statistics", layer.statistics, False
+
+
+__all__ = ["load", "save"]
