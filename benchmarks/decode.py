@@ -1,0 +1,177 @@
+"""What does a decoding step gain on a long context?
+
+SmolLM2 with 8,192 tokens of real text in its cache, one prompt, tokens of the text fed
+one by one. The dense baselines are Inductor with DynamicCache (``dense``) and, as the
+fastest that transformers gives on a CPU at this length, eager with StaticCache; against
+them graphopt.Cache read densely, all its pages read in place (``exact``, the same keys
+as dense), page-selection at several budgets, and int8 pages. Agreement is that of the
+next-token distributions with dense at every step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.harness import compare, keep
+from graphopt.agreement import agreement
+from graphopt.memory import peak_mb, reset_peak
+from graphopt.models import load
+from graphopt.runtime.cache import Cache
+from graphopt.texts import language_reference
+
+STEPS = 16  # tokens of a timed run
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: graphopt's ``config`` and the dtype of its pages."""
+
+    name: str
+    config: str
+    kv_dtype: Any = None
+
+
+CASES = (
+    Case("cache", ""),
+    Case("exact", "page-selection{budget=16384}"),
+    Case("2048", "page-selection{budget=2048}"),
+    Case("1024", "page-selection{budget=1024}"),
+    Case("1024, every token", "page-selection{budget=1024,interval=1}"),
+    Case("1024, int8", "page-selection{budget=1024}", "int8"),
+)
+
+
+def main(quick: bool = False) -> dict[str, Any]:
+    """Measure every case; see the module for what is compared."""
+    context = 512 if quick else 8192
+    loaded = load("smollm2")
+    model, text = loaded.model, language_reference()[: 8 * context]
+    ids = loaded.tokenizer(text, return_tensors="pt").input_ids
+    prompt, following = ids[:, : context - STEPS], ids[:, context - STEPS : context]
+    cases = tuple(c for c in CASES if c.name in ("exact", "1024")) if quick else CASES
+    made = _sides(prompt.shape[1], cases)
+    sides = {name: side(model) for name, side in made.items()}
+    _fill([side.cache for side in sides.values()], _past(model, prompt))
+    logits = {name: side.run(following) for name, side in sides.items()}
+    peaks: dict[str, float] = {}
+    timed = {
+        name: partial(_watched, name, partial(side.run, following), peaks)
+        for name, side in sides.items()
+    }
+    found = compare(timed, runs=3, warm=1)
+    dense = found["dense"].best
+    rows = [
+        {
+            "context": context,
+            "config": name,
+            "tokens_per_second": round(STEPS / found[name].best, 2),
+            "speedup": round(dense / found[name].best, 3),
+            **agreement(logits["dense"], logits[name]),
+            "cache_mb": round(_cache_bytes(side.cache) / 1e6, 1),
+            "step_peak_mb": round(peaks[name], 1),
+            "utilisation": round(found[name].utilisation, 3),
+        }
+        for name, side in sides.items()
+    ]
+    for row in rows:
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    return keep("decode", rows, _summary(rows), quick=quick)
+
+
+@dataclass
+class Side:
+    """A model and the cache that it decodes with."""
+
+    model: Callable[..., Any]
+    cache: Any
+
+    @torch.no_grad()
+    def run(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Feed ``tokens`` [1, S] one by one, then forget them; logits [S, vocab]."""
+        before = int(self.cache.get_seq_length())
+        logits = [self._step(token) for token in tokens[0]]
+        if isinstance(self.cache.get_seq_length(), int):
+            self.cache.crop(-len(logits))
+        else:
+            for layer in self.cache.layers:
+                layer.cumulative_length.fill_(before)
+        return torch.stack(logits)
+
+    def _step(self, token: torch.Tensor) -> torch.Tensor:
+        output = self.model(token.view(1, 1), past_key_values=self.cache)
+        return output.logits[0, -1].float()
+
+
+def _sides(tokens: int, cases: tuple[Case, ...]) -> dict[str, Callable[[Any], Side]]:
+    from transformers import DynamicCache, StaticCache
+
+    room = tokens + 4 * STEPS
+
+    def dense(model: Any) -> Side:
+        return Side(torch.compile(model, dynamic=True), DynamicCache())
+
+    def static(model: Any) -> Side:
+        return Side(model, StaticCache(config=model.config, max_cache_len=room))
+
+    def paged(case: Case, model: Any) -> Side:
+        options = {"config": case.config}
+        compiled = torch.compile(
+            model, backend="graphopt", dynamic=True, options=options
+        )
+        return Side(compiled, Cache(max_tokens=room, kv_dtype=case.kv_dtype))
+
+    named = {case.name: partial(paged, case) for case in cases}
+    return {"dense": dense, "eager, static": static, **named}
+
+
+@torch.no_grad()
+def _past(model: Any, prompt: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    model(prompt, past_key_values=cache, logits_to_keep=1)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _fill(caches: list[Any], past: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Give every cache the same prompt."""
+    for cache in caches:
+        for index, (key, value) in enumerate(past):
+            cache.update(key, value, index)
+
+
+def _cache_bytes(cache: Any) -> int:
+    if isinstance(cache, Cache):
+        return cache.nbytes
+    return sum(t.nbytes for x in cache.layers for t in (x.keys, x.values))
+
+
+def _watched(name: str, side: Callable[[], Any], peaks: dict[str, float]) -> None:
+    """Run ``side``; keep how far the memory rose above what was there, in MB."""
+    reset_peak()
+    before = peak_mb()
+    side()
+    peaks[name] = peak_mb() - before
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    by = {row["config"]: row for row in rows}
+    static = by["eager, static"]["tokens_per_second"]
+    chosen = by["1024"]
+    return {
+        "page_selection_speedup": chosen["speedup"],
+        "page_selection_kl": chosen["mean_kl"],
+        "over_eager_static": round(chosen["tokens_per_second"] / static, 3),
+        "exact_speedup": by["exact"]["speedup"],
+    }
+
+
+if __name__ == "__main__":
+    print(main()["summary"])
