@@ -77,7 +77,8 @@ def _print_estimate(
     """Say how long a run from the start takes, as if every prefill were dense."""
     bases = [s.baselines for s in settings]
     passes = dict.fromkeys(lengths, 3 * len(bases) + 2 * sum(bases))
-    found = 1 + sum(1 + 2 * s.baselines for s in settings if s.retrieval)
+    kinds = [s.retrieval for s in settings if s.retrieval]
+    found = 1 + len(kinds) + 2 * kinds.count("with-baselines")
     for tokens in retrieval:
         passes[tokens] = passes.get(tokens, 0) + 20 * found
     seconds = bench.predict_seconds(passes)
@@ -123,7 +124,8 @@ def _retrieval(bench: Bench, rows: _Rows, setting: Setting, tokens: int) -> None
 
     def measure() -> list[dict[str, Any]]:
         density = bench.density(side, tokens)
-        others = list(sides(setting, density, tokens)) if setting.baselines else []
+        beside = setting.retrieval == "with-baselines"
+        others = list(sides(setting, density, tokens)) if beside else []
         return [
             _row(setting, each, tokens)
             | {"density": round(density, 4)}

@@ -73,6 +73,8 @@ class Bench:
         ids = self.ids[:, :tokens]
         self.runner.add(side.label, side.edit)
         timed = {n: partial(self.runner.prefill, n, ids) for n in (DENSE, side.label)}
+        for name in timed:  # rewriting is no part of the time
+            self.runner.prefill(name, ids[:, : self.last])
         found = compare(timed, runs=1, warm=0)
         own, dense = found[side.label], found[DENSE]
         return {

@@ -6,7 +6,7 @@ import json
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -26,7 +26,7 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
     default: bool = False
     baselines: bool = False
-    retrieval: bool = False
+    retrieval: Literal["alone", "with-baselines"] | None = None
     quick: bool = False
 
     def config(self) -> dict[str, Any]:

@@ -21,6 +21,9 @@ from graphopt.options import parse_options
 
 Edit = Callable[[fx.GraphModule], None]
 
+# Edited copies that are kept: some MB each for a model of 30 layers.
+_KEPT = 8
+
 
 def configured(config: str | None) -> Edit:
     """Return the edit that a pass config makes; ConfigError for a bad config.
@@ -72,9 +75,12 @@ class GraphRunner:
 
         def run(*arguments: Any) -> tuple[Any, ...]:
             edit = self._edits[self._current]
-            known = versions.get(self._current)
+            known = versions.pop(self._current, None)
             if known is None or known[0] is not edit:
-                known = versions[self._current] = (edit, _edited(gm, edit))
+                known = (edit, _edited(gm, edit))
+            versions[self._current] = known  # the latest stands last
+            if len(versions) > _KEPT:
+                del versions[next(iter(versions))]
             return known[1](*arguments)
 
         return run

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.ops import attention_reference, select_vertical_slash, visit_attention
+from graphopt.ops import (
+    attention_reference,
+    select_blocks,
+    select_vertical_slash,
+    visit_attention,
+)
 from graphopt.search.density import list_share, visited_share
 
 
@@ -27,6 +32,21 @@ def test_lists_count_as_their_masks_do(tokens, dense_rows):
     lists = select_vertical_slash(q, k, None, [4, 0, 9, 30], [20], [7], [5, 0, 90, 3])
     mask = lists.visited(dense_rows, tokens, tokens, 0)
     assert list_share(lists, dense_rows, tokens) == pytest.approx(causal_share(mask))
+
+
+@pytest.mark.parametrize("tokens", [200, 515])
+@pytest.mark.parametrize("stride", [0, 8])
+def test_block_lists_count_as_their_masks_do(tokens, stride):
+    q, k, v = tensors(tokens)
+    lists = select_vertical_slash(q, k, None, [4], [20], [7], [5])
+    tables = ([2, 0, 3, 0], [0, 0, 0, stride], [1.0, 1.0, 1.0, 0.5])
+    blocks = select_blocks(q, k, None, *tables, 64)
+    for dense_rows in ([0], [0, 70, 3, 0]):
+        mask = lists.visited(dense_rows, tokens, tokens, 0, blocks)
+        rest = (dense_rows, 0, None, 0.0, 0, *blocks)
+        arguments = (q, k, v, None, *lists, *rest)
+        share = visited_share("graphopt.visit_attention", arguments)
+        assert share == pytest.approx(causal_share(mask))
 
 
 @pytest.mark.parametrize(
