@@ -20,7 +20,7 @@ SIZES = {"sink": [30], "window": [256], "vertical": [400], "slash": [100]}
 @torch.no_grad()
 def vertical_slash_row(tokens: int, runs: int) -> dict[str, Any]:
     """Time selection and attention against dense SDPA on the same tensors."""
-    q, k, v = _captured(tokens)
+    q, k, v = captured(tokens)
 
     def select() -> VisitList:
         return select_vertical_slash(q, k, None, *SIZES.values())
@@ -52,7 +52,7 @@ class _Found(Exception):
     """Ends the forward pass once the tensors are there."""
 
 
-def _captured(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def captured(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return query, key and value of the middle layer on the language reference."""
     loaded = load("smollm2")
     text = language_reference()[: 8 * tokens]

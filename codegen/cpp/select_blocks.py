@@ -19,8 +19,9 @@ from graphopt.codegen.cpp.kernel import (
     table,
 )
 
-# Keys of a tile of the strided map; strided rows that share a copy of its keys.
-_STRETCH, _STACK = 512, 192
+# Keys of a tile of the strided map, where all rows see it and where some do; strided
+# rows of a tile.
+_STRETCH, _EDGE, _STACK = 2048, 256, 192
 _STRIDED_BLOCK, _POOLED_BLOCK = 128, 64
 
 
@@ -45,7 +46,7 @@ class _BlockArguments(ctypes.Structure):
 @cache
 def emit() -> str:
     """Return the C++ source of the kernel."""
-    sizes = {"STRETCH": str(_STRETCH), "STACK": str(_STACK)}
+    sizes = {"STRETCH": str(_STRETCH), "EDGE": str(_EDGE), "STACK": str(_STACK)}
     parts = {
         "ROWS": rows_text(_STRETCH, _STACK),
         "CHOICE": fill("block_choice.cpp.in", {}),

@@ -65,7 +65,7 @@ class SparseAttention(Pass):
 
         %l = graphopt.select_vertical_slash(%q, %k, None, [0], [0], [0], [0])
         %b = graphopt.select_blocks(%q, %k, None, [0], [16], [0.9], 128)
-        %o = graphopt.visit_attention(..., [0], 0, None, 0.0, 0, %b[0], %b[1], [0, 1], 128)
+        %o = graphopt.visit_attention(..., [0], 0, None, 0.0, 0, %b[0], %b[1], ..., 128)
 
     Refuses when
 
