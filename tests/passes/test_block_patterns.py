@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from pydantic import ValidationError
 from torch import fx
 
@@ -219,3 +220,21 @@ def test_lengths_share_one_graph():
             assert found.shape[1] == length and not found.isnan().any()
             if length == 40:
                 torch.testing.assert_close(found, wanted[40], atol=1e-4, rtol=1e-3)
+
+
+def test_prefill_over_a_cache_that_is_not_empty():
+    """170 queries over 130 earlier keys: the offset is no multiple of a block."""
+    model, ids = TINY["llama"](), token_ids(2, 300)
+    cache = transformers.DynamicCache()
+    with torch.no_grad():
+        model(ids[:, :130], past_key_values=cache)
+    gm = capture(model, input_ids=ids[:, 130:], past_key_values=cache)[0]
+    rewritten(EVERY, gm)
+    calls = calls_of(gm)
+    assert len(calls) == 2
+    for (q, k, v, shown, *rest), result in calls:
+        assert (shown, rest[5]) == (None, 130)
+        lists, blocks = VisitList(*rest[:4]), BlockList(*rest[9:])
+        seen = lists.visited(rest[4], 170, 300, 130, blocks)
+        assert seen.any(-1).all() and not seen.tril(130).logical_xor(seen).any()
+        assert_close(result, oracle(q, k, v, seen, rest[6]), torch.float32)
