@@ -6,7 +6,10 @@ The cache's object is gone from a graph; what is left of it depends on its kind:
   sliding window returns only its last keys. The first prefill has no past.
 - in-place (StaticCache): the new keys are copied into a buffer, and the buffer, or its
   first keys, is attended over. A window that is full is rolled or shifted first.
-- read: the keys of a past that no longer grows (cross-attention).
+- read: the keys of a past that no longer grows (cross-attention);
+- paged (`graphopt.Cache`): an operator writes the new keys into pages. A first prefill
+  attends to the new keys themselves, later calls to a copy of the pages' or to the
+  pages.
 """
 
 from __future__ import annotations
@@ -18,29 +21,15 @@ from torch import fx
 
 from graphopt._compat import placeholder_source
 from graphopt.ir.attention import AttentionSite
+from graphopt.ir.cache_state import CacheState
 from graphopt.ir.cache_writes import Writes, concatenated, whole
 from graphopt.ir.match import shape_of
-
-
-@dataclass(frozen=True)
-class CacheState:
-    """The keys, or the values, of one attention.
-
-    ``past`` [B, Hkv, P, D] is what earlier calls left, None in a first prefill;
-    ``new`` [B, Hkv, Sq, D] what this call adds, None where the cache is only read;
-    ``attended`` [B, Hkv, Skv, D] what attention sees, the site's key or value;
-    ``kept`` what later calls find: an output of the graph, or the buffer written to.
-    """
-
-    past: fx.Node | None
-    new: fx.Node | None
-    attended: fx.Node
-    kept: fx.Node | None
+from graphopt.ir.page_writes import PageWrites
 
 
 @dataclass(frozen=True)
 class CacheSite:
-    """The cache of attention ``index``; ``kind`` is concat, in-place, or read."""
+    """The cache of attention ``index``: ``kind`` concat, in-place, read or paged."""
 
     index: int
     kind: str
@@ -52,9 +41,12 @@ def find_caches(
     gm: fx.GraphModule, attention: Sequence[AttentionSite]
 ) -> list[CacheSite]:
     """Return the cache sites in graph order; attention without a cache has none."""
-    writes = Writes(gm.graph)
+    writes, pages = Writes(gm.graph), PageWrites(gm.graph)
     found = []
     for site in attention:
+        if states := pages.of(site):
+            found.append(CacheSite(site.index, "paged", *states))
+            continue
         key, value = _state(site.key, writes), _state(site.value, writes)
         if key is not None and value is not None and key[0] == value[0]:
             found.append(CacheSite(site.index, key[0], key[1], value[1]))

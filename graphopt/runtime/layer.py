@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from graphopt.errors import ConfigError
 from graphopt.ops.pages import LOGICAL, PAGE
 from graphopt.runtime.rows import Rows, grown
 
@@ -69,7 +70,11 @@ class PagedLayer(CacheLayerMixin):
         """Make the pools for tensors like these; nothing is written yet."""
         assert self.rows.table is not None
         batch, pages = self.rows.table.shape
-        heads = key_states.shape[1] - len(self.rings.heads)
+        # Dynamo (torch 2.13) traces `0 in self.heads` as false: no `in` here.
+        rings = self.rings.heads
+        every = range(key_states.shape[1])
+        self.full_heads = [h for h in every if not any(h == r for r in rings)]
+        heads = len(self.full_heads)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.full = Pool(heads, batch * pages, key_states, value_states, self.kind)
         statistics = (heads, batch * pages, PAGE // LOGICAL, 2, key_states.shape[-1])
@@ -101,14 +106,16 @@ class PagedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Append to the pages; return all keys and values for attention to see."""
         key, value = key_states.detach(), value_states.detach()
+        self._check(key, value)
         rows = self.rows
-        rings = list(self.rings.heads)
-        full = [h for h in range(key.shape[1]) if h not in rings]
         append = torch.ops.graphopt.append_pages
-        some = (key[:, full], value[:, full]) if rings else (key, value)
+        some = (key, value)
+        if self.ring is not None:
+            some = (key[:, self.full_heads], value[:, self.full_heads])
         pools = self.full.tensors()
         append(*some, rows.past, rows.table, *pools, self.statistics)
         if self.ring is not None:
+            rings = list(self.rings.heads)
             some = (key[:, rings], value[:, rings])
             keep = (self.rings.sink_pages, self.rings.ring_pages)
             append(*some, rows.past, self.ring_table, *self.ring.tensors(), None, *keep)
@@ -118,6 +125,29 @@ class PagedLayer(CacheLayerMixin):
             *self.held(key.shape[2]), self.statistics, self.selected, self.selected_at,
             rows.tokens, self.dtype,
         )  # fmt: skip
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        """Refuse tensors of another model or batch.
+
+        In a compiled graph this is also what ties the pools' sizes to the model's: all
+        that is left unknown is how many pages a row has room for.
+        """
+        assert self.rows.table is not None
+        batch, pages = self.rows.table.shape
+        full, state = self.full, (batch, self.full.keys.shape[0])
+        heads = full.keys.shape[0] + len(self.rings.heads)
+        fits = (key.shape[0], key.shape[1]) == (batch, heads)
+        shape = (full.keys.shape[0], batch * pages, PAGE)
+        fits = fits and full.keys.shape[:3] == shape and full.values.shape[:3] == shape
+        parts = (*shape[:2], PAGE // LOGICAL, 2, key.shape[3])
+        fits = fits and self.statistics.shape == parts
+        fits = fits and self.selected.shape == (*state, pages)
+        if not fits or self.selected_at.shape != state:
+            raise ConfigError(
+                f"Cache: keys of {tuple(key.shape)} do not fit a cache of {batch} rows "
+                f"and {heads} KV heads; make a new one, or reset a cache only for the "
+                "same model and batch"
+            )
 
     def held(self, new: int) -> tuple[Any, ...]:
         """Return the arguments of `graphopt.ops.pages.Held`."""

@@ -13,6 +13,7 @@ from tests.models import TINY, padding_mask, token_ids
 GREEDY = {"do_sample": False}
 SAMPLED = {"do_sample": True, "temperature": 2.0}
 BEAMS = {"do_sample": False, "num_beams": 3}
+WAYS = {"greedy": GREEDY, "sample": SAMPLED, "beam": BEAMS}
 
 
 def generated(model, cache, ids, mask=None, steps=40, **how):
