@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from graphopt.codegen.predicates import BLOCK
-from graphopt.ops.block_list import BlockList, list_shape
+from graphopt.ops.block_list import BlockList
 from graphopt.ops.recompute import register_backward
 from graphopt.ops.reference import attention_reference, masked_attention
+from graphopt.ops.visit_checks import check, given_blocks
 from graphopt.ops.visit_list import VisitList
 
 _TENSORS = (
@@ -62,63 +63,6 @@ def visit_attention(
     )  # fmt: skip
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    runs: Tensor,
-    dense_rows: Sequence[int],
-    blocks: BlockList | None,
-) -> None:
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if heads % kv_heads or value.shape[1] != kv_heads:
-        raise ValueError(
-            f"graphopt.visit_attention: {heads} query heads do not share {kv_heads} "
-            f"key and {value.shape[1]} value heads evenly"
-        )
-    if runs.shape[:2] != query.shape[:2]:
-        raise ValueError(
-            f"graphopt.visit_attention: lists for {tuple(runs.shape[:2])} rows and "
-            f"heads, queries of {tuple(query.shape[:2])}"
-        )
-    if len(dense_rows) not in (1, heads):
-        raise ValueError(
-            f"graphopt.visit_attention: dense_rows holds {len(dense_rows)} values for "
-            f"{heads} heads"
-        )
-    if blocks is not None:
-        _check_blocks(query, blocks)
-
-
-def _check_blocks(query: Tensor, blocks: BlockList) -> None:
-    lists, heads = max(blocks.heads) + 1, query.shape[1]
-    if len(blocks.heads) != heads:
-        raise ValueError(
-            f"graphopt.visit_attention: block_heads holds {len(blocks.heads)} values "
-            f"for {heads} heads"
-        )
-    rows, _ = list_shape(query.shape[2], 1, blocks.block, 1)
-    if blocks.key_blocks.shape[:3] != (query.shape[0], lists, rows):
-        raise ValueError(
-            f"graphopt.visit_attention: block lists of "
-            f"{tuple(blocks.key_blocks.shape[:3])} batch rows, heads and row blocks; "
-            f"the call has {(query.shape[0], lists, rows)}"
-        )
-
-
-def _blocks(
-    key_blocks: Tensor | None = None,
-    key_block_count: Tensor | None = None,
-    block_heads: Sequence[int] = (),
-    block: int = BLOCK,
-) -> BlockList | None:
-    if not block_heads or max(block_heads) < 0:
-        return None
-    if key_blocks is None or key_block_count is None:
-        raise ValueError("graphopt.visit_attention: block_heads without block lists")
-    return BlockList(key_blocks, key_block_count, tuple(block_heads), block)
-
-
 @torch.library.register_fake("graphopt::visit_attention", lib=_library)
 def _fake(
     query: Tensor,
@@ -139,8 +83,8 @@ def _fake(
     block_heads: Sequence[int] = (),
     block: int = BLOCK,
 ) -> Tensor:
-    blocks = _blocks(key_blocks, key_block_count, block_heads, block)
-    _check(query, key, value, runs, dense_rows, blocks)
+    blocks = given_blocks(key_blocks, key_block_count, block_heads, block)
+    check(query, key, value, runs, dense_rows, blocks)
     return query.new_empty((*query.shape[:3], value.shape[-1]))
 
 
@@ -162,8 +106,8 @@ def _run(
     *given: Any,
 ) -> Tensor:
     """Run the device's ``kernel``, or what stands in for it."""
-    blocks = _blocks(*given)
-    _check(query, key, value, runs, dense_rows, blocks)
+    blocks = given_blocks(*given)
+    check(query, key, value, runs, dense_rows, blocks)
     lists = VisitList(runs, run_count, columns, column_count)
     rest = (query_offset, scale, softcap, min_tokens, *given)
     if key.shape[2] < min_tokens:
@@ -212,7 +156,7 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     if key.shape[2] < min_tokens:
         static = ("causal", [0], [0], offset, scale, softcap)
         return attention_reference(query, key, value, key_mask, *static)
-    blocks = _blocks(*rest[10:])
+    blocks = given_blocks(*rest[10:])
     sizes = (query.shape[2], key.shape[2], offset)
     mask = VisitList(*lists).visited(dense_rows, *sizes, blocks)
     return masked_attention(query, key, value, key_mask, mask, scale, softcap)
