@@ -47,9 +47,26 @@ def expected_blocks(q, k, key_mask, offset, head, group, tables, scale, softcap)
 )
 def test_is_the_oracle(queries, keys, kind):
     """Lengths that are multiples of block, stride and tile, and others."""
-    q, k, _ = tensors(3, 1, queries, keys, 4, batch=2)
-    q, key_mask, offset = 3 * q, padding(kind, 2, keys), keys - queries
     tables = ([2, 0, 0], [0, 4, 16], [0.9, 0.6, 0.9])
+    compare_with_oracle(queries, keys, kind, tables)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(1, 200), st.integers(0, 150),
+    st.sampled_from(["none", "left", "holes"]), st.integers(1, 4),
+    st.sampled_from([4, 8, 16]), st.floats(0.1, 0.99), st.integers(0, 9),
+)  # fmt: skip
+def test_is_the_oracle_at_any_length(
+    queries, past, kind, blocks, stride, threshold, seed
+):
+    tables = ([blocks, 0, 0], [0, stride, 8], [threshold] * 3)
+    compare_with_oracle(queries, queries + past, kind, tables, seed)
+
+
+def compare_with_oracle(queries, keys, kind, tables, seed=0):
+    q, k, _ = tensors(3, 1, queries, keys, 4, batch=2, seed=seed)
+    q, key_mask, offset = 3 * q, padding(kind, 2, keys), keys - queries
     arguments = (q, k, key_mask, *tables, 64, offset, 0.5, 2.0)
     for found in (
         select_blocks(*arguments),
