@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import fidelity
+from benchmarks import fidelity, harness
 from benchmarks.quality.baselines import RandomColumns, columns_for, window_for
 from benchmarks.quality.measure import Bench, Side, sides
 from benchmarks.quality.passkey import DEPTHS, accuracy, needle, prompt_ids
@@ -96,6 +96,14 @@ class Letters:
         return "".join(map(chr, ids))
 
 
+class Wide(Letters):
+    """The same for a model of a hundred tokens."""
+
+    def __call__(self, text, **options):
+        ids = [3 + ord(c) % 96 for c in text]
+        return type("Encoded", (), {"input_ids": ids})
+
+
 class Echo:
     """A model that writes the answer it is told, a character a step."""
 
@@ -181,3 +189,53 @@ def test_the_summary_names_rows_that_a_baseline_beats():
     }  # fmt: skip
     assert found["behind_a_baseline"] == ["b / window at 8192"]
     assert found["best_speedup_8192_within_kl_0.05"]["config"] == "a"
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Let the whole benchmark run on a tiny model, short prompts and few rows."""
+    bench = Bench(TINY["llama"](), Wide(), token_ids(1, 601), last=64)
+    rows = [
+        Setting(
+            pattern="a-shape", options={"window": 50}, default=True, baselines=True
+        ),
+        Setting(pattern="antidiagonal", options={"threshold": 0.3}),
+        Setting(
+            pattern="block-sparse", options={"blocks": 3}, retrieval="with-baselines"
+        ),
+    ]
+    monkeypatch.setattr(fidelity, "_smollm2", lambda tokens: bench)
+    monkeypatch.setattr(fidelity, "read_settings", lambda: rows)
+    monkeypatch.setattr(fidelity, "LENGTHS", (300, 600))
+    monkeypatch.setattr(fidelity, "RETRIEVAL", (500,))
+    monkeypatch.setattr(fidelity, "_partial_path", lambda: tmp_path / "it.partial")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "wait_for_quiet", lambda: None)
+    return tmp_path
+
+
+def test_the_whole_benchmark_and_its_resumption(small, monkeypatch):
+    def breaks_down(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fidelity, "_retrieval", breaks_down)
+        with pytest.raises(KeyboardInterrupt):
+            fidelity.main()
+    assert (small / "it.partial").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(fidelity.Bench, "fidelity", breaks_down)  # all done already
+        result = fidelity.main()
+    kinds = {(row["config"], row["tokens"]) for row in result["rows"]}
+    assert ("a-shape{window=50} / random columns", 600) in kinds
+    assert ("antidiagonal{threshold=0.3}", 300) in kinds
+    found = [row for row in result["rows"] if "passkey" in row]
+    assert [row["config"] for row in found] == [
+        "dense",
+        "block-sparse{blocks=3}",
+        "block-sparse{blocks=3} / random columns",
+        "block-sparse{blocks=3} / window",
+    ]
+    assert len(result["summary"]["kl_600"]) == 3
+    written = sorted(path.name.split("-cpu")[0] for path in small.iterdir())
+    assert written == ["fidelity", "fidelity", "fidelity-density"]
