@@ -60,6 +60,10 @@ class Pass:
         """Edit ``model`` and say what was done at every site considered."""
         raise NotImplementedError(f"{type(self).__name__} has no run()")
 
+    def cache_options(self) -> dict[str, Any] | None:
+        """Return how to make the `graphopt.Cache` the pass works on; None for none."""
+        return None
+
     def options(self) -> dict[str, Any]:
         """Return the options that differ from their defaults, in declared order."""
         result = {}

@@ -91,18 +91,32 @@ def _measure(job: Job, forced: list[int]) -> Outcome:
     prompt = torch.tensor([job.prompt], device=device)
     with torch.no_grad():
         start = time.perf_counter()
-        _generate(model, prompt, 3, stop=())
+        new_cache = _cache_of(job)
+        _generate(model, prompt, 3, (), new_cache())
         warm = time.perf_counter() - start
         reset_peak()
-        _timed_generation(model, prompt, job.max_new_tokens, outcome)
+        cache = new_cache()
+        _timed_generation(model, prompt, job.max_new_tokens, outcome, cache)
         outcome.compile_seconds = max(0.0, warm - outcome.prefill_seconds)
         outcome.peak_mb = peak_mb()
         follow = forced or outcome.tokens
-        outcome.logits = _follow(model, prompt, follow).float().cpu().numpy()
+        logits = _follow(model, prompt, follow, new_cache())
+        outcome.logits = logits.float().cpu().numpy()
     outcome.text = loaded.tokenizer.decode(outcome.tokens, skip_special_tokens=True)
     if job.backend == "graphopt":
         _add_reports(outcome)
     return outcome
+
+
+def _cache_of(job: Job) -> Callable[[], Any]:
+    """Return what makes the cache that the config's passes need, else None."""
+    from graphopt.runtime.cache import Cache, wanted_by
+
+    asked = wanted_by(job.config) if job.backend == "graphopt" else None
+    if asked is None:
+        return lambda: None
+    room = len(job.prompt) + job.max_new_tokens
+    return lambda: Cache(max_tokens=room, **asked)
 
 
 def use_backend(model: Any, backend: str, config: str | None) -> None:
@@ -120,11 +134,11 @@ def use_backend(model: Any, backend: str, config: str | None) -> None:
 
 
 def _timed_generation(
-    model: Any, prompt: torch.Tensor, steps: int, outcome: Outcome
+    model: Any, prompt: torch.Tensor, steps: int, outcome: Outcome, cache: Any
 ) -> None:
     clock = _Clock()
     stop = _stop_tokens(model)
-    outcome.tokens = _generate(model, prompt, steps, stop, clock.prefill_done)
+    outcome.tokens = _generate(model, prompt, steps, stop, cache, clock.prefill_done)
     outcome.prefill_seconds = clock.prefill
     outcome.utilisation = clock.utilisation
     decoded = max(len(outcome.tokens) - 1, 0)
@@ -152,10 +166,11 @@ def _generate(
     prompt: torch.Tensor,
     steps: int,
     stop: Sequence[int],
+    cache: Any,
     prefill_done: Callable[[], None] = lambda: None,
 ) -> list[int]:
     """Return greedy tokens; the last logits alone are computed, as `generate` does."""
-    output = model(prompt, use_cache=True, logits_to_keep=1)
+    output = _start(model, prompt, cache)
     tokens = [int(output.logits[0, -1].argmax())]
     prefill_done()
     while len(tokens) < steps and tokens[-1] not in stop:
@@ -164,9 +179,16 @@ def _generate(
     return tokens
 
 
-def _follow(model: Any, prompt: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+def _start(model: Any, prompt: torch.Tensor, cache: Any) -> Any:
+    own = {} if cache is None else {"past_key_values": cache}
+    return model(prompt, use_cache=True, logits_to_keep=1, **own)
+
+
+def _follow(
+    model: Any, prompt: torch.Tensor, tokens: Sequence[int], cache: Any
+) -> torch.Tensor:
     """Return the next-token logits [len(tokens), vocab] along given tokens."""
-    output = model(prompt, use_cache=True, logits_to_keep=1)
+    output = _start(model, prompt, cache)
     rows = [output.logits[0, -1]]
     for token in tokens[:-1]:
         output = _step(model, token, prompt, output.past_key_values)

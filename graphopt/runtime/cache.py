@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
 
+from graphopt.config import load_config
 from graphopt.errors import ConfigError
 from graphopt.ops.pages import PAGE, pages_of
 from graphopt.runtime.layer import PagedLayer, Rings
@@ -17,6 +18,12 @@ from graphopt.runtime.moves import own_all_pages, reorder
 from graphopt.runtime.rows import Rows, home, room_for
 
 KvDtype = Literal["int8", "int4"]
+
+
+def wanted_by(config: Any) -> dict[str, Any] | None:
+    """Return the arguments of the `Cache` that a pass config needs; None for none."""
+    asked = (item.cache_options() for item in load_config(config).pipeline)
+    return next((options for options in asked if options is not None), None)
 
 
 class Cache(TransformersCache):
@@ -62,6 +69,15 @@ class Cache(TransformersCache):
         self.streaming, self.sink, self.local = streaming, sink, local
         self.rows = Rows()
         self._last = -1
+
+    @classmethod
+    def from_config(cls, config: Any, **options: Any) -> Cache:
+        """Make the cache that a pass config asks for; ``options`` take precedence.
+
+        ``config`` is what `graphopt.compile` takes. Raises ConfigError for a bad one.
+        """
+        found = wanted_by(config) or {}
+        return cls(**{**found, **options})
 
     def update(
         self,

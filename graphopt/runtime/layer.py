@@ -72,6 +72,11 @@ class PagedLayer(CacheLayerMixin):
         batch, pages = self.rows.table.shape
         # Dynamo (torch 2.13) traces `0 in self.heads` as false: no `in` here.
         rings = self.rings.heads
+        if rings and max(rings) >= key_states.shape[1]:
+            raise ConfigError(
+                f"Cache: streaming names KV head {max(rings)} of a layer that has "
+                f"{key_states.shape[1]}"
+            )
         every = range(key_states.shape[1])
         self.full_heads = [h for h in every if not any(h == r for r in rings)]
         heads = len(self.full_heads)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.codegen.pages import PAGE
+from graphopt.errors import ConfigError
 from graphopt.ir.attention import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.pages import read_of, replace_by_pages
+from graphopt.passes.attention.head_tables import HeadTable, read_table
 from graphopt.passes.base import Pass, PassContext, PassResult, option
-from graphopt.remarks import Remark, applied, missed
+from graphopt.remarks import Remark, applied, failure, missed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class PageSelection(Pass):
     tokens, and chooses again every ``interval`` tokens. Streaming heads read the ring
     that they keep. Approximate; while the budget covers the context every page is read.
     Pays in every decoding step: without it the whole cache is copied before it is read.
+    ``graphopt.Cache.from_config`` makes the cache that the other options ask for.
 
     Before::
 
@@ -57,12 +60,69 @@ class PageSelection(Pass):
     interval: Annotated[int, Field(ge=1, le=PAGE)] = option(
         4, "tokens after which pages are chosen again", "tokens"
     )
+    kv_dtype: Literal["model", "int8", "int4"] = option(
+        "model", "what the cache keeps keys and values as"
+    )
+    table: str | None = option(
+        None, "DuoAttention's .tsv: its streaming heads keep a ring only", "file"
+    )
+    sparsity: Annotated[float, Field(ge=0, le=1)] = option(
+        0.5, "share of streaming heads, the lowest gates of the table"
+    )
+    sink: Annotated[int, Field(ge=0, multiple_of=PAGE)] = option(
+        128, "first tokens that a ring keeps, in whole pages", "tokens"
+    )
+    local: Annotated[int, Field(ge=PAGE, multiple_of=PAGE)] = option(
+        256, "newest tokens that a ring keeps at least, in whole pages", "tokens"
+    )
+
+    @model_validator(mode="after")
+    def _readable(self) -> Self:
+        """A table that cannot be read is an error of the config, not of a graph."""
+        if self.table is not None:
+            try:
+                self._table()
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    def cache_options(self) -> dict[str, Any]:
+        """Return the arguments of the `graphopt.Cache` for this pass."""
+        kept = None if self.kv_dtype == "model" else self.kv_dtype
+        sizes = {"sink": self.sink, "local": self.local}
+        return {"kv_dtype": kept, "streaming": self._streaming(), **sizes}
+
+    def _streaming(self) -> list[list[int]] | None:
+        """Return the streaming KV heads of each layer, None without a table."""
+        table = self._table()
+        if table is None:
+            return None
+        rows = (enumerate(row) for row in table.layers)
+        return [[h for h, p in row if p.pattern == "streaming"] for row in rows]
+
+    def _table(self) -> HeadTable | None:
+        if self.table is None:
+            return None
+        table = read_table(self.table, self.sparsity)
+        if not table.per_kv_head:
+            raise ConfigError(f"{self.table}: rings are for KV heads: a .tsv of gates")
+        return table
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Rewrite the decoding sites that read pages."""
+        if wrong := self._wrong_table(model):
+            return PassResult(False, (wrong,))
         remarks = [self._visit(model, site) for site in model.attention]
         changed = any(r.kind == "applied" for r in remarks)
         return PassResult(changed, tuple(remarks), {"sites": len(remarks)})
+
+    def _wrong_table(self, model: ModelGraph) -> Remark | None:
+        table, count = self._table(), len(model.attention)
+        if table is None or not count:
+            return None
+        site = model.attention[0]
+        text = table.mismatch(count, site.num_heads, site.num_kv_heads)
+        return failure("table-size", text) if text else None
 
     def _visit(self, model: ModelGraph, site: AttentionSite) -> Remark:
         name, read = f"attention[{site.index}]", read_of(site)

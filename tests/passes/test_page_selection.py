@@ -118,3 +118,23 @@ def test_streaming_heads_read_their_ring():
         held = [layer.ring.keys.shape[1] for layer in cache.layers]
         assert held == [1 + local // 64 + 1 + 1] * 2
         assert torch.equal(tokens, expected) == same
+
+
+def test_a_table_must_fit_the_model(tmp_path):
+    (tmp_path / "gates.tsv").write_text("0.1\t0.9\n" * 3)
+    model = TINY["llama"]()
+    inputs = {
+        "input_ids": token_ids(1, 1),
+        "past_key_values": prefilled(model, batch=1),
+    }
+    text = f'page-selection{{table="{tmp_path}/gates.tsv"}}'
+    (remark,) = remarks(model, text, **inputs)
+    assert (remark.kind, remark.code) == ("failure", "table-size")
+    assert "holds 3 layers, the model 2" in remark.message
+
+
+def test_other_tables_name_no_kv_heads(tmp_path):
+    (tmp_path / "heads.json").write_text('[{"0": ["stream_llm", 128, 896, 1.0]}]')
+    text = f'page-selection{{table="{tmp_path}/heads.json"}}'
+    with pytest.raises(ConfigError, match="rings are for KV heads"):
+        graphopt.compile(TINY["llama"](), text)

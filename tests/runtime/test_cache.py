@@ -250,3 +250,23 @@ def test_streaming_heads_need_a_pass_once_they_drop():
 def test_streaming_for_too_few_layers():
     with pytest.raises(ConfigError, match="names the heads of 1 layers"):
         generated(TINY["llama"](), graphopt.Cache(streaming=[[0]]), token_ids(1, 9))
+
+
+def test_a_config_says_what_the_cache_holds(tmp_path):
+    (tmp_path / "gates.tsv").write_text("0.1\t0.9\n0.2\t0.8\n")
+    (tmp_path / "c.toml").write_text(
+        '[[pass]]\nname = "page-selection"\nkv_dtype = "int8"\ntable = "gates.tsv"\n'
+    )
+    cache = graphopt.Cache.from_config(tmp_path / "c.toml", max_tokens=640)
+    assert (cache.kv_dtype, cache.max_tokens) == ("int8", 640)
+    assert cache.streaming == [[0], [0]]
+    plain = graphopt.Cache.from_config("sparse-attention")
+    assert (plain.kv_dtype, plain.streaming) == (None, None)
+
+
+def test_a_table_of_another_model(tmp_path):
+    (tmp_path / "gates.tsv").write_text("0.1\t0.9\t0.5\n" * 3)
+    text = f'page-selection{{table="{tmp_path}/gates.tsv",sparsity=1.0}}'
+    cache = graphopt.Cache.from_config(text)
+    with pytest.raises(ConfigError, match="names KV head 2 of a layer that has 2"):
+        generated(TINY["llama"](), cache, token_ids(1, 9))
