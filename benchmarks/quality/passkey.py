@@ -18,7 +18,7 @@ import torch
 DEPTHS = tuple(place / 100 for place in range(5, 100, 10))
 _TEXT = "<<text>>"
 _WORDS = ("amber", "harbour", "lantern", "meadow", "orchid", "pebble", "saffron")
-_WRITTEN = 12  # tokens that a free answer may take
+_WRITTEN = 16  # tokens that an answer may take: numbers come in quotes or in bold
 
 # (prompt ids [1, tokens]) -> (logits [keep, vocab], key-value cache)
 Prefill = Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
@@ -55,11 +55,12 @@ def needle(kind: str, seed: int) -> Needle:
     word, key = draw.choice(_WORDS), str(draw.randint(1_000_000, 9_999_999))
     return Needle(
         kind,
-        "A special magic number is hidden within the following text. Memorise it.",
+        "Some special magic numbers are hidden within the following text. Memorise "
+        "them.",
         f" One of the special magic numbers for {word} is: {key}. ",
-        f"What is the special magic number for {word} mentioned in the text?",
-        f"The special magic number for {word} mentioned in the text is",
-        f" {key}",
+        f"What is the special magic number for {word} mentioned in the provided text?",
+        f"The special magic number for {word} mentioned in the provided text is",
+        key,
     )
 
 
@@ -92,16 +93,12 @@ def answered(
     model: Any, tokenizer: Any, prefill: Prefill, ids: torch.Tensor, item: Needle
 ) -> bool:
     """Tell whether the answer holds the number; decode is the model's own, dense."""
-    wanted = _ids(tokenizer, item.answer)
-    count = len(wanted) if item.begun else _WRITTEN
     logits, cache = prefill(ids)
     written = [int(logits[-1].argmax())]
-    while len(written) < count:
+    while len(written) < _WRITTEN:
         step = torch.tensor([written[-1:]])
         output = model(step, past_key_values=cache, use_cache=True)
         written.append(int(output.logits[0, -1].argmax()))
-    if item.begun:
-        return written == wanted
     return item.answer in tokenizer.decode(written)
 
 
