@@ -129,6 +129,20 @@ def test_a_ring_keeps_the_first_and_the_newest_pages():
             assert torch.equal(pool[0, table[row, page], : len(tokens)], tokens)
 
 
+@pytest.mark.parametrize("rings", [(), (1,)])
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_reads_what_the_reference_reads(dtype, kind, rings):
+    layer = Layer(kind=kind, rings=rings, dtype=dtype)
+    layer.append(40, append)
+    layer.past, layer.new = torch.tensor([3, 40]).int(), 0
+    layer.append(75, append, seed=1)
+    arguments = (*layer.held(), *layer.state(), 115, dtype)
+    for mine, other in zip(read(*arguments), read_reference(*arguments), strict=True):
+        assert torch.equal(mine, other)
+        assert not mine[0, :, 78:].any()
+
+
 @pytest.mark.parametrize("kind", CODES)
 def test_opcheck(kind):
     layer = Layer(kind=kind)

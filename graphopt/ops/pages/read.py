@@ -28,7 +28,10 @@ _library.define(
 
 @torch.library.register_fake("graphopt::read_pages", lib=_library)
 def _fake(*inputs: Any) -> tuple[Tensor, Tensor]:
-    held, (tokens, dtype) = Held.of(*inputs[:15]), inputs[18:]
+    return _empty(Held.of(*inputs[:15]), *inputs[18:])
+
+
+def _empty(held: Held, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     key_dim, value_dim = held.full.widths()
     shape = (held.past.shape[0], held.heads, tokens)
     key = held.past.new_empty((*shape, key_dim), dtype=dtype)
@@ -38,6 +41,11 @@ def _fake(*inputs: Any) -> tuple[Tensor, Tensor]:
 def read_reference(*inputs: Any) -> tuple[Tensor, Tensor]:
     """Read in plain ATen, on any device; arguments as in the module."""
     held, (tokens, dtype) = Held.of(*inputs[:15]), inputs[18:]
+    _check(held, tokens)
+    return held.read(tokens, dtype)
+
+
+def _check(held: Held, tokens: int) -> None:
     if not held.kept_by_rings(tokens):
         room = (held.sink_pages + held.ring_pages) * PAGE
         raise RuntimeError(
@@ -45,8 +53,23 @@ def read_reference(*inputs: Any) -> tuple[Tensor, Tensor]:
             f"attends to all {tokens}; compile it with backend='graphopt' and the pass "
             "'page-selection', or make the Cache without streaming heads"
         )
-    return held.read(tokens, dtype)
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl(_library, "read_pages", _device)(read_reference)
+torch.library.impl(_library, "read_pages", "CUDA")(read_reference)
+
+
+@torch.library.impl(_library, "read_pages", "CPU")
+def _cpu(*inputs: Any) -> tuple[Tensor, Tensor]:
+    from graphopt.codegen.cpp import read_pages as kernel
+
+    held, (tokens, dtype) = Held.of(*inputs[:15]), inputs[18:]
+    coded = held.full.key_scales is not None
+    if not kernel.supports(dtype) or not (coded or held.full.keys.dtype == dtype):
+        return read_reference(*inputs)
+    _check(held, tokens)
+    key, value = _empty(held, tokens, dtype)
+    sets = ((held.full, held.full_heads), (held.ring, held.ring_heads))
+    for pages, heads in sets:
+        if pages is not None:
+            kernel.launch(pages, heads, held.past, held.new, key, value)
+    return key, value
