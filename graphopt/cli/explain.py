@@ -39,7 +39,8 @@ def explain(
     with progress(f"loading {model} and tracing it at {tokens} tokens"):
         loaded = load(model, dtype_of(dtype))
         traced = trace(loaded.model, config, tokens)
-    paths = emit_kernels(traced.kernels, traced.device) if code else []
+    wanted = (traced.kernels, traced.device, traced.reads_pages)
+    paths = emit_kernels(*wanted) if code else []
     kernels = [str(path) for path in paths]
     if as_json:
         print_json(_as_dict(traced, tokens, kernels))
@@ -69,7 +70,8 @@ def _print_graph(traced: Traced, index: int, tokens: int) -> None:
     _print_rows("remarks", merged(remarks, "site"))
     if cost:
         rows = [*merged(cost, "site"), _total(cost)]
-        _print_rows(f"attention at {tokens} tokens, predicted; each", rows)
+        what = "a step" if report.kind == "decode" else "attention"
+        _print_rows(f"{what} at {tokens} tokens, predicted; each", rows)
 
 
 def _total(cost: list[dict[str, Any]]) -> dict[str, Any]:

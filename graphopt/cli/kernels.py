@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.codegen.cache import write_source
-from graphopt.codegen.cpp import attention, select, select_blocks, visit
+from graphopt.codegen.cpp import (
+    attention,
+    page_attention,
+    pages,
+    select,
+    select_blocks,
+    visit,
+)
 from graphopt.codegen.triton.emit import emit as emit_triton
 from graphopt.codegen.triton.spec import VISIT_LIST, AttentionSpec
 from graphopt.ir.attention import AttentionSite
@@ -34,8 +41,13 @@ def kernel_spec(site: AttentionSite) -> AttentionSpec:
     )
 
 
-def emit_kernels(specs: Iterable[AttentionSpec], device: str) -> list[Path]:
-    """Write each kernel's source for ``device`` (cpu or cuda); return the paths."""
+def emit_kernels(
+    specs: Iterable[AttentionSpec], device: str, reads_pages: bool = False
+) -> list[Path]:
+    """Write each kernel's source for ``device`` (cpu or cuda); return the paths.
+
+    ``reads_pages``: those of paged keys and values too (C++; on CUDA plain ATen runs).
+    """
     specs = sorted(set(specs), key=lambda spec: spec.name)
     if device != "cpu":
         return [write_source(spec.name, ".py", emit_triton(spec)) for spec in specs]
@@ -48,4 +60,7 @@ def emit_kernels(specs: Iterable[AttentionSpec], device: str) -> list[Path]:
             sources["visit_attention"] = visit.emit()
         else:
             sources[f"attention_{pattern.replace('-', '_')}"] = attention.emit(pattern)
+    if reads_pages:
+        sources["append_pages"] = pages.emit_append()
+        sources["page_attention"] = page_attention.emit()
     return [write_source(stem, ".cpp", text) for stem, text in sources.items()]

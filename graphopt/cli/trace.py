@@ -13,16 +13,20 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.backend import rewrite
+from graphopt.cli.decode_cost import step_figures
 from graphopt.cli.kernels import kernel_spec
 from graphopt.cli.site_cost import site_figures
 from graphopt.codegen.triton.spec import AttentionSpec
 from graphopt.errors import GraphoptError, ModelError
 from graphopt.ir.attention import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.pages import PagedSite, read_of
 from graphopt.options import BackendOptions, parse_options
 from graphopt.report import CompileReport
+from graphopt.runtime.cache import Cache, wanted_by
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Traced:
     reports: list[CompileReport] = field(default_factory=list)
     costs: list[list[dict[str, Any]]] = field(default_factory=list)
     kernels: set[AttentionSpec] = field(default_factory=set)
+    reads_pages: bool = False
     device: str = "cpu"
 
 
@@ -47,7 +52,7 @@ def trace(model: torch.nn.Module, config: str | None, tokens: int) -> Traced:
     compiled = torch.compile(model, backend=backend, dynamic=True)
     try:
         with _fake_mode(), torch.no_grad():
-            compiled(**example_inputs(model, tokens))
+            _run(compiled, example_inputs(model, tokens), config)
     except (TorchDynamoException, RuntimeError, ValueError, TypeError) as error:
         inner = getattr(error, "inner_exception", None)
         if isinstance(inner, GraphoptError):
@@ -59,6 +64,18 @@ def trace(model: torch.nn.Module, config: str | None, tokens: int) -> Traced:
     if not found.reports:
         raise ModelError(f"{type(model).__name__}: Dynamo captured no graph of it")
     return found
+
+
+def _run(model: Any, inputs: dict[str, Any], config: str | None) -> None:
+    """Trace a prefill, and a decoding step where passes act on one."""
+    asked = wanted_by(config)
+    if asked is None or not inputs.get("use_cache"):
+        model(**inputs)
+        return
+    cache = Cache(**asked)
+    model(**inputs, past_key_values=cache)
+    token = torch.zeros((1, 1), dtype=torch.int64)
+    model(**{**inputs, "input_ids": token}, past_key_values=cache)
 
 
 def _fake_mode() -> Any:
@@ -87,20 +104,28 @@ def _recorder(
 ) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         before = {s.index: s for s in ModelGraph(gm).attention}
+        copied = {i for i, site in before.items() if read_of(site) is not None}
         report, _ = rewrite(gm, options)
         after = {s.index: s for s in ModelGraph(gm).attention}
-        found.kernels |= {kernel_spec(s) for s in after.values() if s.form == "op"}
+        rewritten = [s for s in after.values() if s.form == "op"]
+        found.reads_pages |= any(isinstance(s, PagedSite) for s in rewritten)
+        found.kernels |= {
+            kernel_spec(s) for s in rewritten if not isinstance(s, PagedSite)
+        }
         found.reports.append(report)
-        found.costs.append(_costs(before, after, tokens))
+        costs = [
+            {"site": f"attention[{i}]", **_figures(s, after.get(i, s), tokens, copied)}
+            for i, s in before.items()
+        ]
+        found.costs.append(costs)
         return gm.forward
 
     return backend
 
 
-def _costs(
-    before: dict[int, AttentionSite], after: dict[int, AttentionSite], tokens: int
-) -> list[dict[str, Any]]:
-    return [
-        {"site": f"attention[{i}]", **site_figures(s, after.get(i, s), tokens)}
-        for i, s in before.items()
-    ]
+def _figures(
+    before: AttentionSite, after: AttentionSite, tokens: int, copied: set[int]
+) -> dict[str, Any]:
+    if statically_known_true(before.query_len == 1):
+        return step_figures(before, after, tokens, before.index in copied)
+    return site_figures(before, after, tokens)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt._compat import size_hint
 from graphopt.ir.attention import AttentionSite
 from graphopt.ir.match import argument, float_of, op_name, shape_of, value_of
 from graphopt.ir.replace import call, shared_arguments, substitute
@@ -62,6 +63,23 @@ class PagedSite(AttentionSite):
         """Return the number of key and value heads, in full pools and in rings."""
         rings: Any = self.node.args[11]
         return int((shape_of(self.key) or ())[0]) + len(rings)
+
+    @property
+    def rings(self) -> tuple[int, int]:
+        """Return how many KV heads keep a ring, and its pages."""
+        heads: Any = self.node.args[11]
+        kept = (size_hint(value_of(self.node.args[i])) for i in (12, 13))
+        return len(heads), sum(kept)
+
+    @property
+    def budget(self) -> int:
+        """Return the pages that a head reads."""
+        return int(argument(self.node, 20, "budget"))
+
+    @property
+    def interval(self) -> int:
+        """Return the tokens after which pages are chosen again."""
+        return int(argument(self.node, 21, "interval"))
 
     @property
     def kv_len(self) -> Any:

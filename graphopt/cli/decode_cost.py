@@ -1,0 +1,43 @@
+"""The predicted cost of an attention of a decoding step, before and after passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graphopt.cost import AttentionShape, Cost
+from graphopt.decode_cost import dense_step, pages_step, ring_step
+from graphopt.ir.attention import AttentionSite
+from graphopt.ir.pages import PagedSite
+
+
+def step_figures(
+    before: AttentionSite, after: AttentionSite, tokens: int, copied: bool
+) -> dict[str, Any]:
+    """Return patterns, MFLOP and MB of a site with ``tokens`` in the cache, batch 1.
+
+    ``copied``: whether the unrewritten site reads a copy of the cache.
+    """
+    old, new = (_cost(site, copied).at(1, tokens) for site in (before, after))
+    return {
+        "pattern_before": before.pattern,
+        "pattern_after": after.pattern,
+        "mflop_before": old[0] / 1e6,
+        "mflop_after": new[0] / 1e6,
+        "mb_before": old[1] / 1e6,
+        "mb_after": new[1] / 1e6,
+    }
+
+
+def _cost(site: AttentionSite, copied: bool) -> Cost:
+    if not isinstance(site, PagedSite):
+        return dense_step(_shape(site, site.num_kv_heads), copied)
+    rings, kept = site.rings
+    full = _shape(site, site.num_kv_heads - rings)
+    chosen = pages_step(full, site.budget, site.interval)
+    ring = ring_step(_shape(site, rings), kept)
+    return Cost(chosen.flops + ring.flops, chosen.bytes + ring.bytes)
+
+
+def _shape(site: AttentionSite, kv_heads: int) -> AttentionShape:
+    group = site.num_heads // site.num_kv_heads
+    return AttentionShape(group * kv_heads, kv_heads, site.head_dim, site.itemsize)
