@@ -19,7 +19,7 @@ from graphopt.ir.constants import fold_float_attributes, is_float_input
 from graphopt.ir.copying import copy_module
 from graphopt.ir.dce import eliminate_dead_code
 from graphopt.ir.model_graph import ModelGraph
-from graphopt.ir.structure import ends_text, structure_rows
+from graphopt.ir.sites.structure import ends_text, structure_rows
 from graphopt.ir.text import graph_text
 from graphopt.options import BackendOptions, parse_options
 from graphopt.outline import Outlined, compile_outlined

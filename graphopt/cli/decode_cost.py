@@ -6,8 +6,8 @@ from typing import Any
 
 from graphopt.cost import AttentionShape, Cost
 from graphopt.decode_cost import dense_step, pages_step, ring_step
-from graphopt.ir.attention import AttentionSite
-from graphopt.ir.pages import PagedSite
+from graphopt.ir.attention.pages import PagedSite
+from graphopt.ir.attention.site import AttentionSite
 
 
 def step_figures(

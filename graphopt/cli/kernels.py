@@ -17,7 +17,7 @@ from graphopt.codegen.cpp import (
 )
 from graphopt.codegen.triton.emit import emit as emit_triton
 from graphopt.codegen.triton.spec import VISIT_LIST, AttentionSpec
-from graphopt.ir.attention import AttentionSite
+from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.match import argument, value_of
 
 

@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any
 
 from graphopt.cost import AttentionShape, attention_cost
-from graphopt.ir.attention import AttentionSite
-from graphopt.ir.fused import visit_tables
+from graphopt.ir.attention.fused import visit_tables
+from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.match import argument
 
 

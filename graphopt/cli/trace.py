@@ -21,9 +21,9 @@ from graphopt.cli.kernels import kernel_spec
 from graphopt.cli.site_cost import site_figures
 from graphopt.codegen.triton.spec import AttentionSpec
 from graphopt.errors import GraphoptError, ModelError
-from graphopt.ir.attention import AttentionSite
+from graphopt.ir.attention.pages import PagedSite, read_of
+from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
-from graphopt.ir.pages import PagedSite, read_of
 from graphopt.options import BackendOptions, parse_options
 from graphopt.report import CompileReport
 from graphopt.runtime.cache import Cache, wanted_by

@@ -7,25 +7,25 @@ from typing import Any
 
 from torch import SymInt, fx
 
-from graphopt.ir.attention import AttentionSite, find_attention
-from graphopt.ir.cache_sites import CacheSite, find_caches
-from graphopt.ir.ffn import FfnSite, find_ffn
-from graphopt.ir.head import (
+from graphopt.ir.attention.site import AttentionSite, find_attention
+from graphopt.ir.attention.unraised import unraised
+from graphopt.ir.caches.sites import CacheSite, find_caches
+from graphopt.ir.match import size_expr
+from graphopt.ir.sites.ffn import FfnSite, find_ffn
+from graphopt.ir.sites.norms import NormSite, find_norms
+from graphopt.ir.sites.rotary import RotarySite, find_rotary
+from graphopt.ir.sites.unplaced import unplaced
+from graphopt.ir.sizes.symbols import TokenSymbols, find_symbols
+from graphopt.ir.stream.ends import (
     EmbeddingSite,
     HeadSite,
     find_embeddings,
     find_head,
     token_embedding,
 )
-from graphopt.ir.layers import Layer, between
-from graphopt.ir.match import size_expr
-from graphopt.ir.norms import NormSite, find_norms
-from graphopt.ir.residual import ResidualStream, find_residual
-from graphopt.ir.rotary import RotarySite, find_rotary
-from graphopt.ir.symbols import TokenSymbols, find_symbols
-from graphopt.ir.trunk import Trunk
-from graphopt.ir.unplaced import unplaced
-from graphopt.ir.unraised import unraised
+from graphopt.ir.stream.layers import Layer, between
+from graphopt.ir.stream.residual import ResidualStream, find_residual
+from graphopt.ir.stream.trunk import Trunk
 
 
 class ModelGraph:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.ir.attention import AttentionSite
+from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.match import (
     float_of,
     same_size,
@@ -19,7 +19,7 @@ from graphopt.ir.match import (
     sizes_of,
     value_of,
 )
-from graphopt.ir.sizes import size_argument
+from graphopt.ir.sizes.build import size_argument
 from graphopt.ops.block_kinds import head_kinds, kind_lists, list_block
 
 

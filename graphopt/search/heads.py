@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from graphopt.errors import ConfigError
-from graphopt.ir.attention import AttentionSite
+from graphopt.ir.attention.site import AttentionSite
 from graphopt.search.calibrate import Budget, calibrate
 from graphopt.search.candidates import candidates
 from graphopt.search.layer import LayerAttention

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.errors import PassError
-from graphopt.ir.attention import AttentionSite
+from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.match import float_of, op_name
 from graphopt.ir.model_graph import ModelGraph
 

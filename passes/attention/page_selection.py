@@ -11,9 +11,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.codegen.pages import PAGE
 from graphopt.errors import ConfigError
-from graphopt.ir.attention import AttentionSite
+from graphopt.ir.attention.pages import read_of, replace_by_pages
+from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
-from graphopt.ir.pages import read_of, replace_by_pages
 from graphopt.passes.attention.head_tables import HeadTable, read_table
 from graphopt.passes.base import Pass, PassContext, PassResult, option
 from graphopt.remarks import Remark, applied, failure, missed

@@ -10,7 +10,7 @@ from torch import fx
 
 from graphopt import cost
 from graphopt.codegen.predicates import BLOCK
-from graphopt.ir.attention import AttentionSite
+from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.replace import BlockTables, replace_by_visit, replace_site
 from graphopt.passes.attention.heads import UNBOUNDED, HeadPattern, VisitRow
 

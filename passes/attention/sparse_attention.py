@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.codegen.predicates import BLOCK
 from graphopt.errors import ConfigError
-from graphopt.ir.attention import AttentionSite
+from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.passes.attention.head_tables import HeadTable, read_table
 from graphopt.passes.attention.heads import (

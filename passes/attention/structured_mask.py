@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from graphopt.ir.attention import AttentionSite
+from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import replace_site
 from graphopt.passes.base import Pass, PassContext, PassResult

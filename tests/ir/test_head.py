@@ -11,7 +11,7 @@ from graphopt.backend import rewrite
 from graphopt.ir.copying import copy_module
 from graphopt.ir.match import op_name, sizes_of
 from graphopt.ir.model_graph import ModelGraph
-from graphopt.ir.structure import ends_text, structure_rows
+from graphopt.ir.sites.structure import ends_text, structure_rows
 from graphopt.options import parse_options
 from tests.ir.views import LENGTH, build, later_view, values, view
 from tests.models import capture, token_ids

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from graphopt.ir.attention import find_attention
-from graphopt.ir.index_expr import Evaluator
-from graphopt.ir.masks import UnknownMaskError, read_mask
+from graphopt.ir.attention.site import find_attention
+from graphopt.ir.masks.index_expr import Evaluator
+from graphopt.ir.masks.read import UnknownMaskError, read_mask
 from graphopt.ir.match import argument, op_name
 
 

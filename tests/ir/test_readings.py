@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphopt.ir.readings import NoReadingError, Readings
+from graphopt.ir.sizes.readings import NoReadingError, Readings
 
 
 @st.composite

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.ir.cache_sites import find_caches
+from graphopt.ir.caches.sites import find_caches
 from graphopt.ir.copying import copy_module
 from graphopt.ir.match import op_name, sizes_of
 from graphopt.ir.model_graph import ModelGraph

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from sympy import sympify
 from torch import fx
 
-from graphopt.ir.size_equations import SizeEquations
-from graphopt.ir.size_literals import literal_readings
-from graphopt.ir.size_slots import TOKENS, LiteralReadings
-from graphopt.ir.token_counts import polynomial, trial_counts
+from graphopt.ir.sizes.equations import SizeEquations
+from graphopt.ir.sizes.literals import literal_readings
+from graphopt.ir.sizes.slots import TOKENS, LiteralReadings
+from graphopt.ir.sizes.token_counts import polynomial, trial_counts
 
 
 @st.composite

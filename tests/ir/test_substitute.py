@@ -11,7 +11,7 @@ from graphopt.errors import PassError
 from graphopt.ir.constants import fold_float_attributes
 from graphopt.ir.match import op_name, shape_of, value_of
 from graphopt.ir.model_graph import ModelGraph
-from graphopt.ir.substitute import substitute_tokens
+from graphopt.ir.tokens.substitute import substitute_tokens
 from graphopt.verify import check_structure, signature
 from tests.ir.traces import PAST, Gathers, inputs_of, sizes_with_values, trace
 from tests.models import TINY, capture, token_ids

@@ -8,7 +8,7 @@ import torch
 
 from graphopt.ir.match import shape_of
 from graphopt.ir.model_graph import ModelGraph
-from graphopt.ir.size_slots import TOKENS, leaves
+from graphopt.ir.sizes.slots import TOKENS, leaves
 from tests.ir.traces import PAST, trace
 from tests.models import TINY, capture, prefilled, token_ids
 

@@ -14,7 +14,7 @@ from graphopt import cost
 from graphopt.cli.kernels import emit_kernels, kernel_spec
 from graphopt.config import load_config
 from graphopt.errors import ConfigError
-from graphopt.ir.fused import visit_tables
+from graphopt.ir.attention.fused import visit_tables
 from graphopt.ir.match import op_name
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ops.block_list import BlockList

@@ -1,0 +1,1 @@
+"""Attention: found in any spelling, and what it reads."""

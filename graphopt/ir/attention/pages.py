@@ -1,0 +1,100 @@
+"""Attention over paged keys and values: where `graphopt.Cache` is read, and its op."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt._compat import size_hint
+from graphopt.ir.attention.site import AttentionSite
+from graphopt.ir.match import argument, float_of, op_name, shape_of, value_of
+from graphopt.ir.replace import call, shared_arguments, substitute
+from graphopt.ops.pages import PAGE
+
+_HELD = 15  # the arguments of `graphopt.ops.pages.Held`, and where they begin
+_STATE = 3  # statistics, selected, selected_at
+
+
+def read_of(site: AttentionSite) -> fx.Node | None:
+    """Return the node that reads key and value of ``site`` out of pages, or None."""
+    reads = [_read(node, place) for place, node in enumerate((site.key, site.value))]
+    return reads[0] if reads[0] is reads[1] else None
+
+
+def _read(node: fx.Node, place: int) -> fx.Node | None:
+    if op_name(node) != "getitem" or node.target is not operator.getitem:
+        return None
+    source, index = node.args
+    is_read = isinstance(source, fx.Node) and op_name(source) == "graphopt.read_pages"
+    return source if is_read and index == place else None  # type: ignore[return-value]
+
+
+def capacity_of(read: fx.Node) -> Any:
+    """Return how many pages a batch row has room for, int or SymInt."""
+    return value_of(read.args[4]).shape[1]
+
+
+def replace_by_pages(
+    gm: fx.GraphModule, site: AttentionSite, read: fx.Node, budget: int, interval: int
+) -> fx.Node:
+    """Put ``graphopt::page_attention`` in the place of ``site``; return its node.
+
+    ``budget``: pages; ``interval``: tokens. The copy that ``read`` made is left
+    without users.
+    """
+    state = read.args[: _HELD + _STATE]
+    with gm.graph.inserting_before(site.node):
+        mask, _, scale, softcap, _ = shared_arguments(gm.graph, site, 0)
+        args = (site.query, *state, mask, budget, interval, scale, softcap)
+        node = call(gm.graph, torch.ops.graphopt.page_attention.default, args)
+    return substitute(gm, site, node)
+
+
+@dataclass(frozen=True)
+class PagedSite(AttentionSite):
+    """Attention that reads pages: ``key`` and ``value`` are pools [H, N, PAGE, D]."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Return the number of key and value heads, in full pools and in rings."""
+        rings: Any = self.node.args[11]
+        return int((shape_of(self.key) or ())[0]) + len(rings)
+
+    @property
+    def rings(self) -> tuple[int, int]:
+        """Return how many KV heads keep a ring, and its pages."""
+        heads: Any = self.node.args[11]
+        kept = (size_hint(value_of(self.node.args[i])) for i in (12, 13))
+        return len(heads), sum(kept)
+
+    @property
+    def budget(self) -> int:
+        """Return the pages that a head reads."""
+        return int(argument(self.node, 20, "budget"))
+
+    @property
+    def interval(self) -> int:
+        """Return the tokens after which pages are chosen again."""
+        return int(argument(self.node, 21, "interval"))
+
+    @property
+    def kv_len(self) -> Any:
+        """Return the keys that the pages of a row have room for."""
+        return (shape_of(self.node.args[5]) or ())[1] * PAGE
+
+
+def match_pages(node: fx.Node) -> AttentionSite:
+    """Return the site of a ``graphopt::page_attention`` node; its pages are data."""
+    query, keys, values = (argument(node, i, "") for i in range(3))
+    site = PagedSite(0, node, query, keys, values, "op", "pages")
+    first = 1 + _HELD + _STATE
+    return replace(
+        site,
+        key_mask=argument(node, first, "key_mask"),
+        scale=argument(node, first + 3, "scale"),
+        softcap=float_of(argument(node, first + 4, "softcap", 0.0)) or 0.0,
+    )

@@ -1,0 +1,57 @@
+"""Writes of keys and values into the pages of `graphopt.Cache`."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from graphopt.ir.attention.pages import PagedSite, read_of
+from graphopt.ir.attention.site import AttentionSite
+from graphopt.ir.caches.state import CacheState
+from graphopt.ir.match import op_name
+
+_POOLS = (4, 5)  # where append_pages has the pools of keys and of values
+
+
+class PageWrites:
+    """The ``graphopt::append_pages`` nodes of a graph, by the pool of keys."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        found = (n for n in graph.nodes if op_name(n) == "graphopt.append_pages")
+        self._by_pool = {node.args[_POOLS[0]]: node for node in found}
+
+    def of(self, site: AttentionSite) -> tuple[CacheState, CacheState] | None:
+        """Return the states of keys and values where ``site`` writes to pages."""
+        pool = self._pool(site)
+        append = self._by_pool.get(pool) if pool is not None else None
+        if append is None:
+            return None
+        given = pool is not None and pool.op == "placeholder"
+        key, value = (
+            CacheState(
+                append.args[place] if given else None,
+                _source(append.args[i]),
+                attended,
+                append.args[place],
+            )
+            for i, (place, attended) in enumerate(
+                zip(_POOLS, (site.key, site.value), strict=True)
+            )
+        )
+        return key, value
+
+    def _pool(self, site: AttentionSite) -> fx.Node | None:
+        if isinstance(site, PagedSite):
+            return site.key
+        if read := read_of(site):
+            return read.args[0]  # type: ignore[return-value]
+        appends = self._by_pool.items()
+        own = (pool for pool, n in appends if _source(n.args[0]) is site.key)
+        return next(own, None)
+
+
+def _source(node: object) -> fx.Node:
+    """Return what is appended: rings take some heads of it, and nothing trains."""
+    while isinstance(node, fx.Node) and op_name(node) in ("detach", "getitem"):
+        node = node.args[0]
+    assert isinstance(node, fx.Node)
+    return node

@@ -1,0 +1,1 @@
+"""Masks: the graph that builds one, read back as a predicate."""

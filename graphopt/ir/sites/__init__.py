@@ -1,0 +1,1 @@
+"""Sites other than attention: feed-forward, norms, rotary embeddings."""

@@ -1,0 +1,1 @@
+"""Sizes as expressions in the number of tokens."""
