@@ -14,7 +14,8 @@ from torch import Tensor
 
 from graphopt.errors import ConfigError
 from graphopt.ops.pages import pages_of
-from graphopt.runtime.layer import POOL, PagedLayer
+from graphopt.runtime.layer import PagedLayer
+from graphopt.runtime.pool import POOL
 from graphopt.runtime.rows import grown
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,49 +10,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from graphopt.errors import ConfigError
 from graphopt.ops.pages import LOGICAL, PAGE
+from graphopt.runtime.pool import POOL, Pool, Rings, ring_table
 from graphopt.runtime.rows import Rows, grown
-
-_CODES = {"int8": torch.int8, "int4": torch.uint8}
-
-
-@dataclass(frozen=True)
-class Rings:
-    """Which KV heads of a layer keep a ring, and how much: pages, not tokens."""
-
-    heads: tuple[int, ...] = ()
-    sink_pages: int = 0
-    ring_pages: int = 0
-
-    @property
-    def pages(self) -> int:
-        """Return the pages that a batch row keeps."""
-        return self.sink_pages + self.ring_pages
-
-
-class Pool:
-    """The pages of the keys and values of some heads of a layer."""
-
-    def __init__(self, heads: int, pages: int, key: Tensor, value: Tensor, kind: str):
-        self.keys = _pages(heads, pages, key, kind)
-        self.values = _pages(heads, pages, value, kind)
-        self.key_scales = self.value_scales = None
-        if kind in _CODES:
-            shape = (heads, pages, PAGE, 2)
-            self.key_scales = key.new_empty(shape, dtype=torch.float16)
-            self.value_scales = key.new_empty(shape, dtype=torch.float16)
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return keys, values and their scales as the operators take them."""
-        return self.keys, self.values, self.key_scales, self.value_scales
-
-
-def _pages(heads: int, pages: int, like: Tensor, kind: str) -> Tensor:
-    width = like.shape[-1] // (2 if kind == "int4" else 1)
-    dtype = _CODES.get(kind, like.dtype)
-    return like.new_empty((heads, pages, PAGE, width), dtype=dtype)
-
-
-POOL = ("keys", "values", "key_scales", "value_scales")
 
 
 class PagedLayer(CacheLayerMixin):
@@ -200,12 +158,3 @@ class PagedLayer(CacheLayerMixin):
         """Forget the tokens; pools stay where they are."""
         if self.is_initialized:
             self.forget_choice()
-
-
-def ring_table(rings: Rings, batch: int, pages: int, device: torch.device) -> Tensor:
-    """Return which page of a ring's pool holds stretch p of row b, int32 [B, M]."""
-    stretch = torch.arange(pages, dtype=torch.int32, device=device)
-    turned = (stretch - rings.sink_pages) % rings.ring_pages + rings.sink_pages
-    place = torch.where(stretch < rings.sink_pages, stretch, turned)
-    row = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
-    return row * rings.pages + place

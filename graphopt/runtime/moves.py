@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from graphopt.ops.pages import PAGE
-from graphopt.runtime.layer import POOL, PagedLayer, Pool
+from graphopt.runtime.layer import PagedLayer
+from graphopt.runtime.pool import POOL, Pool
 from graphopt.runtime.rows import Rows, home
 
 

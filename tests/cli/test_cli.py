@@ -60,6 +60,17 @@ def test_explain_code_emits_kernels(llama):
     assert all(Path(path).exists() for path in kernels)
 
 
+def test_explain_shows_the_step_that_reads_pages(llama):
+    config = "page-selection{budget=128}"
+    found = facts("explain", llama, "-c", config, "-n", "640", "--code")
+    prefill, step = found["graphs"]
+    assert (prefill["kind"], step["kind"]) == ("prefill", "decode")
+    (first, _) = step["cost"]
+    # Copied, read: three times 640 tokens; chosen: 128, and 80 judged every 4 tokens.
+    assert first["mb_before"] / first["mb_after"] == pytest.approx(3 * 640 / (128 + 10))
+    assert any("page_attention" in path for path in found["kernels"])
+
+
 def test_diff(llama):
     text = graphopt("diff", llama, "-c", CONFIG, "--layer", "1").stdout
     assert "+%L1.graphopt.attention" in text
