@@ -126,7 +126,39 @@ def select_reference(
     return runs, run_count, places, column_count
 
 
-torch.library.impl(_library, "select_vertical_slash", "CUDA")(select_reference)
+@torch.library.impl(_library, "select_vertical_slash", "CUDA")
+def _cuda(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    sink: Sequence[int],
+    window: Sequence[int],
+    vertical: Sequence[int],
+    slash: Sequence[int],
+    query_offset: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    min_tokens: int = 0,
+) -> tuple[Tensor, ...]:
+    from graphopt.codegen.triton import select as triton_select
+
+    tables = (sink, window, vertical, slash)
+    if not triton_select.supports(query.dtype):
+        rest = (query_offset, scale, softcap, min_tokens)
+        return select_reference(query, key, key_mask, *tables, *rest)
+    capacities = _capacities(sink, vertical, slash)
+    if key.shape[2] < min_tokens or _keep_nothing(*tables) or query.numel() == 0:
+        return tuple(_empty(query, *capacities))
+    _check_positions(query, key, query_offset)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return triton_select.launch(
+        query, key, key_mask, tables, capacities, query_offset, scale, softcap
+    )
+
+
+def _check_positions(query: Tensor, key: Tensor, query_offset: int) -> None:
+    if query_offset + query.shape[2] > key.shape[2]:
+        raise ValueError("graphopt.select_vertical_slash: queries beyond the last key")
 
 
 @torch.library.impl(_library, "select_vertical_slash", "CPU")
@@ -152,8 +184,7 @@ def _cpu(
     lists = _empty(query, *_capacities(sink, vertical, slash))
     if key.shape[2] < min_tokens or _keep_nothing(*tables):
         return tuple(lists)
-    if query_offset + query.shape[2] > key.shape[2]:
-        raise ValueError("graphopt.select_vertical_slash: queries beyond the last key")
+    _check_positions(query, key, query_offset)
     positions = last_positions(query, key_mask, query_offset)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     first, count = positions[:, 0] - query_offset, positions.shape[1]
