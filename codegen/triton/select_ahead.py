@@ -9,6 +9,7 @@ from graphopt.codegen.targets import Target, Tile
 from graphopt.codegen.triton.ahead import _POINTERS, Compiled, _read
 from graphopt.codegen.triton.interpreter import is_interpreted
 from graphopt.codegen.triton.select import CHOICE_OPTIONS, load_choice, load_estimate
+from graphopt.codegen.triton.select_blocks import Choice, load_blocks, options
 from graphopt.codegen.triton.select_emit import SPAN
 from graphopt.codegen.triton.select_spec import CHUNK, EstimateSpec, estimate_tile
 from graphopt.errors import KernelError
@@ -19,6 +20,10 @@ _TYPES = {
     **dict.fromkeys(("last_ptr", "tables_ptr", "runs_ptr", "run_count_ptr"), "*i32"),
     **dict.fromkeys(("columns_ptr", "column_count_ptr"), "*i32"),
     **dict.fromkeys(("scale", "cap"), "fp32"),
+}
+_BLOCK_TYPES = {
+    **{"worth_ptr": "*fp32", "shown_ptr": "*i32", "list_ptr": "*i32"},
+    **{"runs_ptr": "*i16", "count_ptr": "*i32", "wanted": "fp32"},
 }
 _UNIT_STRIDES = ("q_stride_d", "k_stride_d", "mask_stride_n", "stride_n")
 
@@ -44,6 +49,18 @@ def compile_choice(has_key_mask: bool, target: Target) -> Compiled:
     tile = Tile(1, SPAN, CHOICE_OPTIONS["num_warps"], CHOICE_OPTIONS["num_stages"])
     kernel = load_choice(has_key_mask).choose
     return compile_kernel(kernel, _TYPES, {}, target, tile)
+
+
+@cache
+def compile_blocks(choice: Choice, target: Target, width: int) -> Compiled:
+    """Compile the choice among ``width`` key blocks of 128, into lists of 64.
+
+    Raises KernelError as `compile_estimate`.
+    """
+    tile = Tile(1, width, options(width)["num_warps"], 1)
+    constants = {"BLOCK": 128, "LIST_BLOCK": 64, "WIDTH": width}
+    kernel = load_blocks(choice).choose
+    return compile_kernel(kernel, _BLOCK_TYPES, constants, target, tile)
 
 
 def compile_kernel(
@@ -72,7 +89,5 @@ def compile_kernel(
         if n not in given and ("_ptr" in n or "stride_" in n)
     }
     source = ASTSource(kernel, signature, given, aligned)
-    options = tile.options()
-    return _read(
-        triton.compile(source, target=target.triton(), options=options), target, tile
-    )
+    binary = triton.compile(source, target=target.triton(), options=tile.options())
+    return _read(binary, target, tile)

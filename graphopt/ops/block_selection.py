@@ -118,7 +118,40 @@ def select_blocks_reference(
     return lists
 
 
-torch.library.impl(_library, "select_blocks", "CUDA")(select_blocks_reference)
+@torch.library.impl(_library, "select_blocks", "CUDA")
+def _cuda(
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    blocks: Sequence[int],
+    stride: Sequence[int],
+    threshold: Sequence[float],
+    block: int,
+    query_offset: int,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    min_tokens: int = 0,
+    cap: int = CAP,
+) -> tuple[Tensor, Tensor]:
+    """Estimate in ATen, choose in Triton; what has no kernel is the reference."""
+    from graphopt.ops.block_device import select_kind_on_device, supports
+
+    tables = (blocks, stride, threshold)
+    if not supports(query.dtype):
+        rest = (block, query_offset, scale, softcap, min_tokens, cap)
+        return select_blocks_reference(query, key, key_mask, *tables, *rest)
+    lists = _empty(query, key, key_mask, *tables, block, 0, cap=cap)
+    if key.shape[2] < min_tokens or query.numel() == 0:
+        return lists
+    require_countable(key.shape[2], block)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    kinds = head_kinds(*tables, query.shape[1])
+    own = BlockList(*lists, kind_lists(kinds, query.shape[1]), block)
+    for kind in kinds:
+        select_kind_on_device(
+            own, kind, query, key, key_mask, query_offset, scale, softcap
+        )
+    return lists
 
 
 @torch.library.impl(_library, "select_blocks", "CPU")
