@@ -89,7 +89,14 @@ def _update(
     statistics[:, page] = torch.stack((low, high), 4)
 
 
-torch.library.impl(_library, "append_pages", "CUDA")(append_reference)
+@torch.library.impl(_library, "append_pages", "CUDA")
+def _cuda(*inputs: Any) -> None:
+    from graphopt.codegen.triton import pages_append as kernel
+
+    if kernel.supports(inputs[0].dtype):
+        kernel.launch(*inputs)
+    else:
+        append_reference(*inputs)
 
 
 @torch.library.impl(_library, "append_pages", "CPU")

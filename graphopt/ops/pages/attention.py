@@ -128,13 +128,21 @@ def _seen(held: Held, selected: Tensor, visible: Tensor) -> Tensor:
     return seen.repeat_interleave(PAGE, 2) & visible[:, None]
 
 
-torch.library.impl(_library, "page_attention", "CUDA")(page_attention_reference)
+@torch.library.impl(_library, "page_attention", "CUDA")
+def _cuda(query: Tensor, *inputs: Any) -> Tensor:
+    from graphopt.codegen.triton import pages_attention as kernel
+
+    return _launched(kernel, query, *inputs)
 
 
 @torch.library.impl(_library, "page_attention", "CPU")
 def _cpu(query: Tensor, *inputs: Any) -> Tensor:
     from graphopt.codegen.cpp import page_attention as kernel
 
+    return _launched(kernel, query, *inputs)
+
+
+def _launched(kernel: Any, query: Tensor, *inputs: Any) -> Tensor:
     if not kernel.supports(query.dtype):
         return page_attention_reference(query, *inputs)
     _check(query)
