@@ -3,8 +3,9 @@
 ``attention`` rows: the op with sink 128 and window 1024 against dense causal SDPA of
 cuDNN and of FlashAttention, and compiled FlexAttention with the same mask. ``prefill``
 rows: a model of Llama-3-8B's layers, fewer of them, random weights, under a-shape;
-against Inductor with the attention that torch picks and with cuDNN's. The ``compile``
-row: a cold compile of the default pipeline in a fresh process with empty caches.
+against Inductor with the attention that torch picks and with cuDNN's. ``decode`` rows:
+one step of a layer over pages (`benchmarks.device.decode`). The ``compile`` row: a cold
+compile of the default pipeline in a fresh process with empty caches.
 ``speedup`` is over the fastest dense side, ``rate`` is visited pairs a second over
 those of that side. A side without memory or kernel is None and has a note.
 """
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.device.attention import attention_row
+from benchmarks.device.decode import decode_row
 from benchmarks.device.prefill import compile_row, prefill_rows
 from benchmarks.device.timing import Row
 from benchmarks.harness import keep
@@ -53,6 +55,7 @@ def _all_rows(
     for tokens in lengths[::2]:
         yield attention_row("streaming", tokens, notes)
         yield attention_row("sliding-window", tokens, notes)
+        yield decode_row(tokens, notes)
     yield from prefill_rows(layers[0], lengths[::2], notes)
     torch.cuda.empty_cache()
     yield compile_row(layers[1], notes)
