@@ -12,6 +12,7 @@ from graphopt.codegen.triton.select import CHOICE_OPTIONS, load_choice, load_est
 from graphopt.codegen.triton.select_blocks import Choice, load_blocks, options
 from graphopt.codegen.triton.select_emit import SPAN
 from graphopt.codegen.triton.select_spec import CHUNK, EstimateSpec, estimate_tile
+from graphopt.codegen.triton.select_strided import StridedSpec, load_strided
 from graphopt.errors import KernelError
 
 _TYPES = {
@@ -61,6 +62,16 @@ def compile_blocks(choice: Choice, target: Target, width: int) -> Compiled:
     constants = {"BLOCK": 128, "LIST_BLOCK": 64, "WIDTH": width}
     kernel = load_blocks(choice).choose
     return compile_kernel(kernel, _BLOCK_TYPES, constants, target, tile)
+
+
+@cache
+def compile_strided(spec: StridedSpec, target: Target) -> Compiled:
+    """Compile an antidiagonal estimate; raises KernelError as `compile_estimate`."""
+    tile = Tile(1, 1, spec.options["num_warps"], spec.options["num_stages"])
+    types = dict.fromkeys(("q_ptr", "k_ptr"), _POINTERS[spec.dtype])
+    types |= dict.fromkeys(("shown_ptr", "counted_ptr", "heads_ptr"), "*i32")
+    types |= {"mass_ptr": "*fp32", "scale": "fp32", "cap": "fp32"}
+    return compile_kernel(load_strided(spec).masses, types, {}, target, tile)
 
 
 def compile_kernel(

@@ -1,8 +1,10 @@
-"""Which blocks one kind of heads keeps, on a GPU: worths in ATen, the choice in Triton.
+"""Which blocks one kind of heads keeps, on a GPU: Triton, where the map is not a GEMM.
 
-`graphopt.ops.block_choice` sorts every row of the map twice and writes runs through a
-dozen maps as large; here one launch for each part of the map chooses and writes. The
-worths are products and sums of `graphopt.ops.block_estimate`, a part at a time.
+`graphopt.ops.block_choice` sorts every row of the map of blocks twice and writes runs
+through a dozen maps as large; here one launch chooses and writes. The antidiagonal
+estimate is one launch more, of whose strided map nothing is stored; the block-sparse
+one is a product of means in ATen. Antidiagonal heads have queries and keys copied only
+where a mask hides some.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from graphopt.codegen.triton import select_blocks as triton_select
+from graphopt.codegen.triton import select_strided
 from graphopt.codegen.triton.select_blocks import Choice, supports
-from graphopt.ops.block_choice import _HELD, _heads, _with_key
+from graphopt.ops.block_choice import _heads, _with_key
 from graphopt.ops.block_estimate import (
     Grid,
-    antidiagonal_mass,
     block_means,
     pooled_scores,
     real_keys,
@@ -23,6 +25,10 @@ from graphopt.ops.block_estimate import (
 )
 from graphopt.ops.block_kinds import Kind
 from graphopt.ops.block_list import BlockList
+
+# Elements of the map of blocks that is held at once, 256 MB: 32 heads of 128 thousand
+# tokens in one part.
+_HELD = 1 << 26
 
 
 def select_kind_on_device(
@@ -44,29 +50,29 @@ def select_kind_on_device(
     if kind.stride and kind.threshold >= 1.0:
         _launch(lists, kind, grid, "all", range(grid.rows), None, shown)
         return
-    query, key = _heads(query, key, kind.heads)
     real = real_rows(grid, key_mask, query), real_keys(grid, key_mask, key)
-    query, key = zero_padded(query, real[0]), zero_padded(key, real[1])
-    if not kind.stride:
-        means = block_means(query, real[0], grid.block)
-        key_means = block_means(key, real[1], grid.block)
-        for rows in _parts(query, kind, grid):
-            own = means[:, :, rows.start : rows.stop]
-            scores = pooled_scores(own, key_means, scale)
-            _launch(lists, kind, grid, "best", rows, scores, shown)
+    if kind.stride:
+        given = query, key
+        if key_mask is not None:
+            given = zero_padded(query, real[0]), zero_padded(key, real[1])
+        rest = (grid.query_len, offset, scale, softcap)
+        for rows in _parts(query.shape[0], kind, grid):
+            mass = select_strided.masses(
+                *given, real, kind.heads, kind.stride, rows, *rest
+            )
+            _launch(lists, kind, grid, "mass", rows, mass, None)
         return
-    for rows in _parts(query, kind, grid):
-        mass = antidiagonal_mass(
-            query, key, real, grid, rows, kind.stride, scale, softcap
-        )
-        _launch(lists, kind, grid, "mass", rows, mass, None)
+    query, key = _heads(query, key, kind.heads)
+    means = block_means(zero_padded(query, real[0]), real[0], grid.block)
+    key_means = block_means(zero_padded(key, real[1]), real[1], grid.block)
+    for rows in _parts(query.shape[0], kind, grid):
+        scores = pooled_scores(means[:, :, rows.start : rows.stop], key_means, scale)
+        _launch(lists, kind, grid, "best", rows, scores, shown)
 
 
-def _parts(query: Tensor, kind: Kind, grid: Grid) -> list[range]:
-    """Return the row blocks whose map, strided or not, is held at once."""
-    held = query.shape[0] * len(kind.heads) * grid.keys
-    held *= (kind.block // kind.stride) ** 2 if kind.stride else 1
-    step = max(1, _HELD // max(held, 1))
+def _parts(batch: int, kind: Kind, grid: Grid) -> list[range]:
+    """Return the row blocks whose map of blocks is held at once."""
+    step = max(1, _HELD // max(batch * len(kind.heads) * grid.keys, 1))
     starts = range(0, grid.rows, step)
     return [range(first, min(first + step, grid.rows)) for first in starts]
 

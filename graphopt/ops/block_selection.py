@@ -133,7 +133,7 @@ def _cuda(
     min_tokens: int = 0,
     cap: int = CAP,
 ) -> tuple[Tensor, Tensor]:
-    """Estimate in ATen, choose in Triton; what has no kernel is the reference."""
+    """Select in Triton; a dtype without kernels is the reference's."""
     from graphopt.ops.block_device import select_kind_on_device, supports
 
     tables = (blocks, stride, threshold)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
+from unittest import mock
 
 import pytest
 import torch
 
 from graphopt.codegen.targets import TARGETS
-from graphopt.codegen.triton.select_ahead import compile_blocks
+from graphopt.codegen.triton.select_ahead import compile_blocks, compile_strided
 from graphopt.codegen.triton.select_blocks import emit_blocks, launch
-from graphopt.ops import block_selection
+from graphopt.codegen.triton.select_strided import BLOCK, StridedSpec, emit_strided
+from graphopt.errors import KernelError
+from graphopt.ops import block_device, block_selection
+from graphopt.ops.block_kinds import STRIDED_BLOCK
 from graphopt.ops.block_runs import runs_of
 from tests.ops.test_block_selection import MIXED, STRIDED, padding
 from tests.oracle import TOLERANCE, tensors
@@ -36,9 +41,9 @@ def name_of(case):
     return f"{queries}x{keys} cap={cap} {kind} {dtype}"
 
 
-def check(case, device="cpu"):
+def check(case, device="cpu", dim=16):
     queries, keys, cap, kind, tables, dtype = case
-    q, k, _ = tensors(6, 2, queries, keys, 16, dtype, batch=2)
+    q, k, _ = tensors(6, 2, queries, keys, dim, dtype, batch=2)
     key_mask = padding(kind, 2, keys)
     given = (t if t is None else t.to(device) for t in (2 * q, k, key_mask))
     arguments = (*given, *tables, keys - queries, 0.7, 3.0, 0, cap)
@@ -53,6 +58,18 @@ def check(case, device="cpu"):
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_lists_are_the_reference(interpreter, case):
     interpreter.submit(check, case).result()
+
+
+def check_part(*arguments):
+    """As `check`, with a map that is made row block by row block."""
+    with mock.patch.object(block_device, "_HELD", 1):
+        check(*arguments)
+
+
+@pytest.mark.parametrize("dim", [16, 72])
+def test_a_map_in_parts_gives_the_same_lists(interpreter, dim):
+    interpreter.submit(check_part, CASES[4], "cpu", dim).result()
+    interpreter.submit(check_part, CASES[6], "cpu", dim).result()
 
 
 def kept_by_hand(worth, choice, wanted, forced):
@@ -104,14 +121,53 @@ def test_equal_worths_go_to_the_lower_block(interpreter, ties):
     interpreter.submit(check_ties, *ties).result()
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_the_text_stands_alone(choice):
-    source = emit_blocks(choice)
-    assert not re.findall(r"^\s*%.*|@[A-Z_]+@|[{}]", source, re.MULTILINE)
-    assert max(map(len, source.splitlines())) <= 88
-    imports = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import)]
-    names = {name.name for node in imports for name in node.names}
-    assert names == {"torch", "triton", "triton.language"}
+def strided_specs():
+    sizes = itertools.product(TOLERANCE, (16, 72, 128), (4, 8, 16), (False, True))
+    return [StridedSpec(dtype, dim, 4, *rest) for dtype, dim, *rest in sizes]
+
+
+def test_the_text_stands_alone():
+    sources = [*map(emit_blocks, CHOICES), *map(emit_strided, strided_specs())]
+    for source in sources:
+        assert not re.findall(r"^\s*%.*|@[A-Z_]+@|[{}]", source, re.MULTILINE)
+        assert max(map(len, source.splitlines())) <= 88
+        imports = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import)]
+        names = {name.name for node in imports for name in node.names}
+        assert names == {"torch", "triton", "triton.language"}
+    assert len(set(sources)) == len(sources)
+    assert len({spec.name for spec in strided_specs()}) == len(strided_specs())
+
+
+def test_blocks_are_those_of_the_reference():
+    assert BLOCK == STRIDED_BLOCK
+
+
+def test_what_has_no_kernel_is_refused():
+    with pytest.raises(KernelError, match=r"float64; it takes .*bfloat16"):
+        StridedSpec(torch.float64, 64, 1, 8)
+    lists = torch.zeros(1, 1, 2, 2, 2), torch.zeros(1, 1, 2)
+    rest = ((0,), range(1), (9, 9, 0), 64, 64)
+    with pytest.raises(KernelError, match="TRITON_INTERPRET=1"):
+        launch("all", 1.0, None, torch.ones(1, 1), lists, *rest)
+
+
+@pytest.mark.parametrize("target", GPUS, ids=lambda target: target.name)
+@pytest.mark.parametrize(
+    ("dtype", "dim", "stride", "softcap"),
+    [
+        (torch.bfloat16, 128, 8, False),
+        (torch.float16, 80, 16, True),
+        (torch.float32, 128, 4, False),
+    ],
+    ids=str,
+)
+def test_estimates_compile_without_spills(target, dtype, dim, stride, softcap):
+    spec = StridedSpec(dtype, dim, 4, stride, softcap)
+    compiled = compile_strided(spec, target)
+    assert compiled.spills == 0
+    assert 0 < compiled.shared_memory <= target.shared_memory
+    single = dtype == torch.float32
+    assert compiled.has_wgmma == (target.name == "sm_90" and not single)
 
 
 @pytest.mark.parametrize("target", GPUS, ids=lambda target: target.name)
