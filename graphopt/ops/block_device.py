@@ -55,11 +55,11 @@ def select_kind_on_device(
         given = query, key
         if key_mask is not None:
             given = zero_padded(query, real[0]), zero_padded(key, real[1])
-        rest = (grid.query_len, offset, scale, softcap)
         for rows in _parts(query.shape[0], kind, grid):
             mass = select_strided.masses(
-                *given, real, kind.heads, kind.stride, rows, *rest
-            )
+                *given, real, kind.heads, kind.stride, rows, grid.query_len, offset,
+                scale, softcap,
+            )  # fmt: skip
             _launch(lists, kind, grid, "mass", rows, mass, None)
         return
     query, key = _heads(query, key, kind.heads)

@@ -138,15 +138,17 @@ def _cuda(
 
     tables = (blocks, stride, threshold)
     if not supports(query.dtype):
-        rest = (block, query_offset, scale, softcap, min_tokens, cap)
-        return select_blocks_reference(query, key, key_mask, *tables, *rest)
+        return select_blocks_reference(
+            query, key, key_mask, *tables, block, query_offset, scale, softcap,
+            min_tokens, cap,
+        )  # fmt: skip
     lists = _empty(query, key, key_mask, *tables, block, 0, cap=cap)
     if key.shape[2] < min_tokens or query.numel() == 0:
         return lists
     require_countable(key.shape[2], block)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     kinds = head_kinds(*tables, query.shape[1])
-    own = BlockList(*lists, kind_lists(kinds, query.shape[1]), block)
+    own = BlockList(lists[0], lists[1], kind_lists(kinds, query.shape[1]), block)
     for kind in kinds:
         select_kind_on_device(
             own, kind, query, key, key_mask, query_offset, scale, softcap
