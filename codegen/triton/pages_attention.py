@@ -74,15 +74,16 @@ def launch(
     out = query.new_empty((*query.shape[:3], spec.value_dim))
     if out.numel() == 0:
         return out
-    rings = [*_tables(heads, tuple(ring_heads), query.device), sink_pages, ring_pages]
+    keep = (sink_pages, ring_pages) if ring else ()
+    tables = _tables(heads, tuple(ring_heads), query.device) if ring else ()
     mask = [] if key_mask is None else [key_mask]
     cap = [softcap] if spec.has_softcap else []
-    slots = _slots(budget, selected.shape[2], rings[2:] if ring else ())
+    slots = _slots(budget, selected.shape[2], keep)
     splits = _splits(slots, query.shape[0] * heads)
     tile = attend_tile(spec)
     with torch.cuda.device_of(query):
         load(spec).launch(
-            query, *sets, *(rings if ring else ()), past, new, statistics,
+            query, *sets, *tables, *keep, past, new, statistics,
             selected, selected_at, *mask, budget, interval, scale, *cap, out,
             score_block(spec), slots, splits, tile.block_n, **tile.options(),
         )  # fmt: skip
@@ -110,7 +111,10 @@ def _spec(
     )
 
 
-def _tables(heads: int, ring_heads: tuple[int, ...], device: torch.device) -> list[Any]:
+@cache
+def _tables(
+    heads: int, ring_heads: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return the heads that keep all tokens, and the place of each head in its set.
 
     Places count from 0 on in the full set, and from -1 back in the ring.
@@ -120,7 +124,7 @@ def _tables(heads: int, ring_heads: tuple[int, ...], device: torch.device) -> li
         -1 - ring_heads.index(h) if h in ring_heads else full.index(h)
         for h in range(heads)
     ]
-    return [on_device(tuple(table), device) for table in (full, places)]
+    return on_device(tuple(full), device), on_device(tuple(places), device)
 
 
 def _slots(budget: int, pages: int, ring: Sequence[int]) -> int:
