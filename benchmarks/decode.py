@@ -4,7 +4,8 @@ SmolLM2 with 8,192 tokens of real text in its cache, one prompt, tokens of the t
 one by one. The dense baselines are Inductor with DynamicCache (``dense``) and, as the
 fastest that transformers gives on a CPU at this length, eager with StaticCache; against
 them graphopt.Cache read densely, all its pages read in place (``exact``, the same keys
-as dense), page-selection at several budgets, and int8 pages. Agreement is that of the
+as dense), page-selection at several budgets, with the statistics of Quest and LServe
+(``extremes``), and int8 pages. Agreement is that of the
 next-token distributions with dense at every step.
 """
 
@@ -31,11 +32,12 @@ STEPS = 16  # tokens of a timed run
 
 @dataclass(frozen=True)
 class Case:
-    """A row: graphopt's ``config`` and the dtype of its pages."""
+    """A row: graphopt's ``config`` and what its cache keeps."""
 
     name: str
     config: str
     kv_dtype: Any = None
+    statistics: Any = "spread"
 
 
 CASES = (
@@ -44,6 +46,7 @@ CASES = (
     Case("2048", "page-selection{budget=2048}"),
     Case("1024", "page-selection{budget=1024}"),
     Case("1024, every token", "page-selection{budget=1024,interval=1}"),
+    Case("1024, extremes", "page-selection{budget=1024}", None, "extremes"),
     Case("1024, int8", "page-selection{budget=1024}", "int8"),
 )
 
@@ -125,7 +128,8 @@ def _sides(tokens: int, cases: tuple[Case, ...]) -> dict[str, Callable[[Any], Si
         compiled = torch.compile(
             model, backend="graphopt", dynamic=True, options=options
         )
-        return Side(compiled, Cache(max_tokens=room, kv_dtype=case.kv_dtype))
+        kept = {"kv_dtype": case.kv_dtype, "statistics": case.statistics}
+        return Side(compiled, Cache(max_tokens=room, **kept))
 
     named = {case.name: partial(paged, case) for case in cases}
     return {"dense": dense, "eager, static": static, **named}

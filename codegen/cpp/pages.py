@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graphopt.codegen.cpp.kernel import DTYPES, entry_point, fill, supports
-from graphopt.codegen.pages import LOGICAL, PAGE
+from graphopt.codegen.pages import LOGICAL, PAGE, SPREAD
 
 _KINDS = {torch.int8: 1, torch.uint8: 2}
 
@@ -38,7 +38,7 @@ class _AppendArguments(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("batch", "length", "key_dim", "value_dim", "dtype", "threads")
         ),
-        *((name, ctypes.c_int64) for name in ("sink_pages", "ring_pages")),
+        *((name, ctypes.c_int64) for name in ("sink_pages", "ring_pages", "extremes")),
     )
 
 
@@ -72,7 +72,7 @@ def pages_text() -> str:
 @cache
 def emit_append() -> str:
     """Return the C++ source of the kernel."""
-    return fill("append.cpp.in", {"PAGES": pages_text()})
+    return fill("append.cpp.in", {"PAGES": pages_text(), "SPREAD": str(SPREAD)})
 
 
 @cache
@@ -93,6 +93,7 @@ def append(
     statistics: Tensor | None,
     sink_pages: int = 0,
     ring_pages: int = 0,
+    extremes: bool = True,
 ) -> None:
     """Run the kernel; shapes and arguments as `graphopt.ops.pages.append`.
 
@@ -106,7 +107,8 @@ def append(
         None if statistics is None else statistics.data_ptr(),
         *((ctypes.c_int64 * 4)(*t.stride()) for t in (key, value)),
         *(batch, length, dim, value.shape[-1]),
-        *(DTYPES[key.dtype], torch.get_num_threads(), sink_pages, ring_pages),
+        *(DTYPES[key.dtype], torch.get_num_threads()),
+        *(sink_pages, ring_pages, extremes),
     )
     _append()(ctypes.byref(filled))
 

@@ -37,14 +37,16 @@ def launch(
     statistics: Tensor | None,
     sink_pages: int = 0,
     ring_pages: int = 0,
+    extremes: bool = True,
 ) -> None:
     """Run the kernel; shapes and arguments as `graphopt.ops.pages.append`.
 
     One launch for all rows, heads and tokens. Its grid depends on shapes alone and
     nothing is allocated, so that a CUDA graph can hold it. What is written is the
-    reference's to the bit; tokens that a ring does not keep are written nowhere. Any
-    strides of key and value will do. Raises KernelError for a dtype or a device that
-    has no kernel, and for tensors of the cache that are not contiguous.
+    reference's to the bit, but for the rounding of means; tokens that a ring does not
+    keep are written nowhere. Any strides of key and value will do. Raises KernelError
+    for a dtype or a device that has no kernel, and for tensors of the cache that are
+    not contiguous.
     """
     require_runnable(key)
     held = [key_pages, value_pages, key_scales, value_scales, statistics]
@@ -57,6 +59,7 @@ def launch(
         KINDS.get(key_pages.dtype, ""),
         ring_pages > 0,
         statistics is not None,
+        extremes,
     )
     if key.numel() == 0:
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from graphopt.codegen.pages import LOGICAL, PAGE
+from graphopt.codegen.pages import LOGICAL, PAGE, SPREAD
 from graphopt.codegen.triton.emit import _Template, _template_text
 from graphopt.codegen.triton.pages_spec import (
     AppendSpec,
@@ -27,8 +27,9 @@ def emit_append(spec: AppendSpec) -> str:
     flags = spec.flags()
     if spec.has_statistics:
         flags |= {"JUDGED", *(f"JUDGED_{flag}" for flag in flags)}
+        flags.add("JUDGED_EXTREMES" if spec.extremes else "JUDGED_SPREAD")
     kept = "low, high" if spec.kind == "int4" else "keys"
-    words = {"KEPT": kept if spec.has_statistics else "_"}
+    words = {"KEPT": kept if spec.has_statistics else "_", "SPREAD": str(SPREAD)}
     return _filled("pages_append.py.in", spec, flags, words)
 
 

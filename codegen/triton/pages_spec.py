@@ -74,11 +74,14 @@ class AppendSpec(PageSpec):
     """A kernel that writes new tokens."""
 
     has_statistics: bool = False
+    extremes: bool = True
+    """Statistics are the least and greatest key, or the mean and the spread."""
 
     @property
     def name(self) -> str:
         """Return a name for the emitted file, without its hash."""
-        return f"append_pages_{self.dims}" + "_judged" * self.has_statistics
+        judged = "_judged" if self.extremes else "_spread"
+        return f"append_pages_{self.dims}" + judged * self.has_statistics
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from graphopt.runtime.pool import Rings
 from graphopt.runtime.rows import Rows, room_for
 
 KvDtype = Literal["int8", "int4"]
+Statistics = Literal["spread", "extremes"]
 
 
 def wanted_by(config: Any) -> dict[str, Any] | None:
@@ -37,6 +38,9 @@ class Cache(MovableRows, TransformersCache):
     Without it a row has twice its prompt's room and grows when that is used up, at the
     price of another compilation of the decoding step.
     ``kv_dtype``: keep int8 or int4 codes with a scale per token and head.
+    ``statistics``: what pages are judged by, for every 16 tokens: the mean key and its
+    spread, or the least and greatest of each channel (Quest, Tang et al. 2024), whose
+    bound is loose: the mean finds the pages with the mass far better.
     ``streaming``: per layer, the KV heads that keep a ring only: the first ``sink`` and
     at least the last ``local`` tokens (LServe, Yang et al. 2025, section 3.3;
     DuoAttention, Xiao et al. 2024). Such a model must be compiled with a pass that
@@ -50,6 +54,7 @@ class Cache(MovableRows, TransformersCache):
         *,
         max_tokens: int | None = None,
         kv_dtype: KvDtype | None = None,
+        statistics: Statistics = "spread",
         streaming: list[list[int]] | None = None,
         sink: int = 128,
         local: int = 256,
@@ -60,12 +65,18 @@ class Cache(MovableRows, TransformersCache):
                 f"Cache: kv_dtype = {kv_dtype!r} is unknown; use 'int8', 'int4', or "
                 "None for the model's own"
             )
+        if statistics not in ("spread", "extremes"):
+            raise ConfigError(
+                f"Cache: statistics = {statistics!r} is unknown; use 'spread' or "
+                "'extremes'"
+            )
         for name, size in (("sink", sink), ("local", local)):
             if size % PAGE or size < (PAGE if name == "local" else 0):
                 raise ConfigError(
                     f"Cache: {name} = {size} must be a multiple of the page, {PAGE}"
                 )
         self.max_tokens, self.kv_dtype = max_tokens, kv_dtype
+        self.statistics = statistics
         self.streaming, self.sink, self.local = streaming, sink, local
         self.rows = Rows()
         self._last = -1
@@ -95,12 +106,17 @@ class Cache(MovableRows, TransformersCache):
             self._begin(key_states)
         self._last = layer_idx
         while len(self.layers) <= layer_idx:
-            rings = self.rings_of(len(self.layers))
-            self.layers.append(PagedLayer(self.rows, rings, self.kv_dtype or ""))
+            self.layers.append(self.new_layer(len(self.layers)))
         layer = self.layers[layer_idx]
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
         return layer.update(key_states, value_states)
+
+    def new_layer(self, index: int) -> PagedLayer:
+        """Return layer ``index`` without pools."""
+        extremes = self.statistics == "extremes"
+        rings = self.rings_of(index)
+        return PagedLayer(self.rows, rings, self.kv_dtype or "", extremes)
 
     def rings_of(self, index: int) -> Rings:
         """Return which heads of layer ``index`` keep a ring."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from graphopt.runtime.cache import Cache
 
 _FORMAT = "graphopt-cache-1"
-_OPTIONS = ("max_tokens", "kv_dtype", "streaming", "sink", "local")
+_OPTIONS = ("max_tokens", "kv_dtype", "statistics", "streaming", "sink", "local")
 
 
 def save(cache: Cache, path: str | Path) -> None:
@@ -57,8 +57,7 @@ def load(kind: type[Cache], path: str | Path, device: str | torch.device) -> Cac
     lengths = tensors["lengths"]
     _fill_rows(cache, lengths)
     for index, dtype in enumerate(about["dtypes"]):
-        rings = cache.rings_of(index)
-        layer = PagedLayer(cache.rows, rings, cache.kv_dtype or "")
+        layer = cache.new_layer(index)
         cache.layers.append(layer)
         _fill(layer, index, tensors, getattr(torch, dtype), len(lengths))
     return cache

@@ -20,9 +20,11 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, rows: Rows, rings: Rings, kind: str) -> None:
+    def __init__(
+        self, rows: Rows, rings: Rings, kind: str, extremes: bool = False
+    ) -> None:
         super().__init__()
-        self.rows, self.rings, self.kind = rows, rings, kind
+        self.rows, self.rings, self.kind, self.extremes = rows, rings, kind, extremes
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the pools for tensors like these; nothing is written yet."""
@@ -76,7 +78,8 @@ class PagedLayer(CacheLayerMixin):
         if self.ring is not None:
             some = (key[:, self.full_heads], value[:, self.full_heads])
         pools = self.full.tensors()
-        append(*some, rows.past, rows.table, *pools, self.statistics)
+        judged = (self.statistics, 0, 0, self.extremes)
+        append(*some, rows.past, rows.table, *pools, *judged)
         if self.ring is not None:
             rings = list(self.rings.heads)
             some = (key[:, rings], value[:, rings])

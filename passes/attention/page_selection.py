@@ -23,12 +23,14 @@ from graphopt.remarks import Remark, applied, failure, missed
 class PageSelection(Pass):
     """Let a decoded token read some pages of `graphopt.Cache`, chosen by its query.
 
-    Each page of 64 tokens has the smallest and the largest key of every 16 of them; a
-    query's largest possible product with these is the page's score. A KV head reads the
-    page of the first token, the newest page and the best others, together ``budget``
-    tokens, and chooses again every ``interval`` tokens. Streaming heads read the ring
-    that they keep. Approximate; while the budget covers the context every page is read.
-    Pays in every decoding step: without it the whole cache is copied before it is read.
+    Each page of 64 tokens has the mean key of every 16 of them, less and plus a little
+    of its spread (``extremes``: the ends of each channel, as published). The largest
+    product that a query can have with what lies between is the page's score. A KV head
+    reads the page of the first token, the newest page and the best others, ``budget``
+    tokens together, and chooses again every ``interval`` tokens. Streaming heads read
+    the ring that they keep. Approximate; while the budget covers the context every page
+    is read. Pays in every decoding step: without it the whole cache is copied before it
+    is read.
     ``graphopt.Cache.from_config`` makes the cache that the other options ask for.
 
     Before::
@@ -63,6 +65,10 @@ class PageSelection(Pass):
     kv_dtype: Literal["model", "int8", "int4"] = option(
         "model", "what the cache keeps keys and values as"
     )
+    statistics: Literal["spread", "extremes"] = option(
+        "spread",
+        "what pages are judged by: mean key and spread, or each channel's ends",
+    )
     table: str | None = option(
         None, "DuoAttention's .tsv: its streaming heads keep a ring only", "file"
     )
@@ -90,7 +96,12 @@ class PageSelection(Pass):
         """Return the arguments of the `graphopt.Cache` for this pass."""
         kept = None if self.kv_dtype == "model" else self.kv_dtype
         sizes = {"sink": self.sink, "local": self.local}
-        return {"kv_dtype": kept, "streaming": self._streaming(), **sizes}
+        return {
+            "kv_dtype": kept,
+            "statistics": self.statistics,
+            "streaming": self._streaming(),
+            **sizes,
+        }
 
     def _streaming(self) -> list[list[int]] | None:
         """Return the streaming KV heads of each layer, None without a table."""

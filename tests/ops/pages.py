@@ -28,6 +28,7 @@ class Layer:
     sink_pages: int = 1
     ring_pages: int = 2
     dtype: torch.dtype = torch.float32
+    extremes: bool = True
     past: torch.Tensor = field(init=False)
 
     def __post_init__(self):
@@ -91,7 +92,8 @@ class Layer:
         self.values.append(value)
         full, rings = self.full_heads, list(self.rings)
         *pool, table = self.full
-        op(key[:, full], value[:, full], self.past, table, *pool, self.statistics)
+        judged = (self.statistics, 0, 0, self.extremes)
+        op(key[:, full], value[:, full], self.past, table, *pool, *judged)
         if rings:
             *pool, table = self.ring
             keep = (self.sink_pages, self.ring_pages)

@@ -81,6 +81,29 @@ def test_statistics_are_the_extremes_of_each_part():
             assert torch.equal(high, part.amax(1))
 
 
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_are_the_mean_and_its_spread(dtype, kind):
+    ours, theirs = (
+        Layer(pages=4, dtype=dtype, kind=kind, extremes=False) for _ in range(2)
+    )
+    for seed, new in enumerate((5, 30, 1, 100)):
+        ours.append(new, append, seed)
+        theirs.append(new, append_reference, seed)
+    read_keys, _ = read(*ours.held(), *ours.state(), 136, dtype)
+    table = ours.full[4]
+    limit = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(dtype, 1e-5)
+    for row in range(ours.batch):
+        for first in range(0, 136, LOGICAL):
+            part = read_keys[row, :, first : min(first + LOGICAL, 136)].double()
+            page, place = table[row, first // PAGE], first % PAGE // LOGICAL
+            spread = 0.125 * part.std(1, correction=0)
+            expected = torch.stack((part.mean(1) - spread, part.mean(1) + spread), 1)
+            for layer in (ours, theirs):
+                actual = layer.statistics[:, page, place].double()
+                torch.testing.assert_close(actual, expected, atol=limit, rtol=limit)
+
+
 @settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(1, 130), min_size=1, max_size=5))
 def test_what_is_appended_is_read(lengths):

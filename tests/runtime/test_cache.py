@@ -229,6 +229,7 @@ def test_files_that_are_no_cache(tmp_path):
     ("options", "message"),
     [
         ({"kv_dtype": "int2"}, "kv_dtype = 'int2' is unknown"),
+        ({"statistics": "max"}, "statistics = 'max' is unknown"),
         ({"sink": 100}, "sink = 100 must be a multiple"),
         ({"local": 0}, "local = 0 must be a multiple"),
     ],

@@ -3,17 +3,20 @@
 Shapes: key [B, H, S, D], value [B, H, S, Dv]; ``past`` int32 [B], the tokens that each
 batch row holds already; table, pools, scales and statistics as in
 `graphopt.ops.pages.layout`, H heads each. Quantised pools have scales, pools that
-pages are selected from have statistics. ``ring_pages`` of 0 means no ring. Nothing
-waits for the device, and no tensor moves.
+pages are selected from have statistics: the smallest and largest key of every `LOGICAL`
+tokens (``extremes``), or their mean less and plus `SPREAD` standard deviations.
+``ring_pages`` of 0 means no ring. Nothing waits for the device, and no tensor moves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from graphopt.codegen.pages import SPREAD
 from graphopt.ops.pages.layout import LOGICAL, PAGE, decode, encode, pages_of, places
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
@@ -21,7 +24,7 @@ _library.define(
     "append_pages(Tensor key, Tensor value, Tensor past, Tensor table, "
     "Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor(c!)? key_scales, "
     "Tensor(d!)? value_scales, Tensor(e!)? statistics, int sink_pages=0, "
-    "int ring_pages=0) -> ()"
+    "int ring_pages=0, bool extremes=True) -> ()"
 )
 
 
@@ -42,6 +45,7 @@ def append_reference(
     statistics: Tensor | None,
     sink_pages: int = 0,
     ring_pages: int = 0,
+    extremes: bool = True,
 ) -> None:
     """Append in plain ATen, on any device; arguments as in the module."""
     new, pages = key.shape[2], key_pages.shape[1]
@@ -49,7 +53,8 @@ def append_reference(
     _store(key, key_pages, key_scales, page, slot)
     _store(value, value_pages, value_scales, page, slot)
     if statistics is not None:
-        _update(statistics, key_pages, key_scales, past, new, table)
+        judge = _extremes if extremes else _spread
+        _update(statistics, key_pages, key_scales, past, new, table, judge)
 
 
 def _store(
@@ -69,6 +74,7 @@ def _update(
     past: Tensor,
     new: int,
     table: Tensor,
+    judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> None:
     """Judge every page again that the new tokens touch; a row may touch one less."""
     total = past + new
@@ -84,9 +90,23 @@ def _update(
     held = touched[..., None] * PAGE + place < total[:, None, None]
     parts = keys.unflatten(3, (PAGE // LOGICAL, LOGICAL))
     held = held.unflatten(2, (PAGE // LOGICAL, LOGICAL))[..., None]
-    low = parts.masked_fill(~held, float("inf")).amin(4)
-    high = parts.masked_fill(~held, float("-inf")).amax(4)
-    statistics[:, page] = torch.stack((low, high), 4)
+    statistics[:, page] = torch.stack(judge(parts, held), 4).to(statistics.dtype)
+
+
+def _extremes(parts: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and greatest of ``parts`` [..., LOGICAL, D] that are held."""
+    low = parts.masked_fill(~held, float("inf")).amin(-2)
+    return low, parts.masked_fill(~held, float("-inf")).amax(-2)
+
+
+def _spread(parts: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Return their mean less and plus `SPREAD` standard deviations; NaN for none."""
+    wide = parts.to(torch.promote_types(parts.dtype, torch.float32))
+    count = held.sum(-2)
+    mean = wide.masked_fill(~held, 0.0).sum(-2) / count
+    off = (wide - mean.unsqueeze(-2)).masked_fill(~held, 0.0)
+    spread = SPREAD * (off.square().sum(-2) / count).sqrt()
+    return mean - spread, mean + spread
 
 
 @torch.library.impl(_library, "append_pages", "CUDA")

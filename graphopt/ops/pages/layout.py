@@ -8,9 +8,10 @@ stretch of `PAGE` tokens of a batch row. A pool holds floats, or codes of them:
 - int4 (uint8 of D / 2: channel j low, channel j + D / 2 high): ``x = code * scale +
   zero``, zero the smallest x of a token and head.
 
-Scales are float16 [Hkv, N, PAGE, 2], scale and zero. Statistics are the smallest and
-the largest key of every `LOGICAL` tokens, [Hkv, N, PAGE / LOGICAL, 2, D] (Quest, Tang
-et al. 2024; LServe, Yang et al. 2025: large pages to read, small ones to judge).
+Scales are float16 [Hkv, N, PAGE, 2], scale and zero. Statistics are two keys for every
+`LOGICAL` tokens, [Hkv, N, PAGE / LOGICAL, 2, D]: the smallest and the largest (Quest,
+Tang et al. 2024; LServe, Yang et al. 2025: large pages to read, small ones to judge),
+or the mean less and plus a little of the spread.
 
 A ring keeps the pages of the first ``sink_pages`` and the newest ``ring_pages``; the
 last page of its pool takes what is not kept.
