@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 import torch
 
-# Every side of a comparison is an entry of the model's own; beyond eight Dynamo would run
-# the rest uncompiled.
+# Every side of a comparison is an entry of the model's own; beyond eight Dynamo would
+# run the rest uncompiled.
 torch._dynamo.config.recompile_limit = 64
 
 RESULTS = Path(__file__).parent / "results"
