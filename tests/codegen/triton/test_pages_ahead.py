@@ -42,11 +42,11 @@ SOURCES |= {spec.name: emit_page_attention(spec) for spec in ATTENTIONS}
 
 BUILT_APPENDS = (
     AppendSpec(BF16, 128, 128, "", False, True),
-    AppendSpec(BF16, 128, 128, "", False, True, extremes=False),
-    AppendSpec(FP16, 80, 80, "int4", False, True, extremes=False),
     AppendSpec(BF16, 128, 128, "int8", True),
     AppendSpec(FP16, 80, 80, "int4", False, True),
     AppendSpec(FP32, 256, 256, "int4", False, True),
+    AppendSpec(BF16, 128, 128, "", False, True, extremes=False),
+    AppendSpec(FP16, 80, 80, "int4", False, True, extremes=False),
 )
 # Every dtype, kind, width of a head, and option.
 BUILT = (
