@@ -18,8 +18,8 @@ from graphopt.codegen.cpp.kernel import (
     rows_text,
     supports,
 )
-from graphopt.codegen.cpp.pages import PageSetArguments, page_set, pages_text, width
-from graphopt.codegen.pages import PAGE
+from graphopt.codegen.cpp.pages import PageSetArguments, page_set, pages_text
+from graphopt.codegen.pages import PAGE, width
 
 _UNITS_A_THREAD = 4  # so that threads end at about the same time
 

@@ -59,11 +59,6 @@ def page_set(
     )
 
 
-def width(pool: Tensor) -> int:
-    """Return the channels of a token: codes of four bits lie two to a byte."""
-    return pool.shape[-1] * (2 if pool.dtype == torch.uint8 else 1)
-
-
 def pages_text() -> str:
     """Return the part of a kernel that knows how pages are laid out."""
     return fill("pages.hpp.in", {"PAGE": str(PAGE), "LOGICAL": str(LOGICAL)})
@@ -113,4 +108,4 @@ def append(
     _append()(ctypes.byref(filled))
 
 
-__all__ = ["append", "emit_append", "page_set", "pages_text", "supports", "width"]
+__all__ = ["append", "emit_append", "page_set", "pages_text", "supports"]

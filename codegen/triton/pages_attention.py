@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt.codegen.cache import load_python
-from graphopt.codegen.pages import LOGICAL, PAGE
+from graphopt.codegen.pages import LOGICAL, PAGE, width
 from graphopt.codegen.targets import Tile
 from graphopt.codegen.triton.attention import on_device, require_runnable, supports
 from graphopt.codegen.triton.interpreter import is_interpreted, repair_bfloat16_dot
@@ -102,7 +102,7 @@ def _spec(
     return PageAttentionSpec(
         dtype=query.dtype,
         head_dim=query.shape[-1],
-        value_dim=pool.shape[-1] * (2 if pool.dtype == torch.uint8 else 1),
+        value_dim=width(pool),
         kind=KINDS.get(pool.dtype, ""),
         has_ring=has_ring,
         group=query.shape[1] // heads,

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from graphopt.codegen.pages import width
 from graphopt.errors import ConfigError
 from graphopt.ops.pages import pages_of
 from graphopt.runtime.layer import PagedLayer
@@ -76,8 +77,7 @@ def _fill(
     def shaped(name: str) -> Tensor:
         pool = tensors[f"{index}.full.{name}"]
         heads = pool.shape[0] + len(layer.rings.heads)
-        width = pool.shape[-1] * (2 if pool.dtype == torch.uint8 else 1)
-        return pool.new_empty((batch, heads, 0, width), dtype=dtype)
+        return pool.new_empty((batch, heads, 0, width(pool)), dtype=dtype)
 
     layer.lazy_initialization(shaped("keys"), shaped("values"))
     assert layer.rows.table is not None

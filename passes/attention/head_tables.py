@@ -19,7 +19,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from graphopt.errors import ConfigError, did_you_mean
+from graphopt.ir.model_graph import ModelGraph
 from graphopt.passes.attention.heads import HeadPattern, HeadRule
+from graphopt.remarks import Remark, failure
 
 # The deployed sizes of DuoAttention's streaming heads, in tokens.
 _DUO_SINK, _DUO_WINDOW = 64, 256
@@ -51,6 +53,15 @@ class HeadTable:
                     f"model {wanted}"
                 )
         return None
+
+    def refusal(self, model: ModelGraph) -> Remark | None:
+        """Return the remark that the table is for another model, or None."""
+        if not model.attention:
+            return None
+        site = model.attention[0]
+        sizes = (len(model.attention), site.num_heads, site.num_kv_heads)
+        text = self.mismatch(*sizes)
+        return failure("table-size", text) if text else None
 
     def pattern(self, layer: int, head: int, group: int, base: HeadPattern) -> Any:
         """Return the pattern of a query head; ``group`` query heads share a KV head."""

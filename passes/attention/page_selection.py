@@ -16,7 +16,7 @@ from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.passes.attention.head_tables import HeadTable, read_table
 from graphopt.passes.base import Pass, PassContext, PassResult, option
-from graphopt.remarks import Remark, applied, failure, missed
+from graphopt.remarks import Remark, applied, missed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,19 +121,12 @@ class PageSelection(Pass):
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Rewrite the decoding sites that read pages."""
-        if wrong := self._wrong_table(model):
+        table = self._table()
+        if table is not None and (wrong := table.refusal(model)):
             return PassResult(False, (wrong,))
         remarks = [self._visit(model, site) for site in model.attention]
         changed = any(r.kind == "applied" for r in remarks)
         return PassResult(changed, tuple(remarks), {"sites": len(remarks)})
-
-    def _wrong_table(self, model: ModelGraph) -> Remark | None:
-        table, count = self._table(), len(model.attention)
-        if table is None or not count:
-            return None
-        site = model.attention[0]
-        text = table.mismatch(count, site.num_heads, site.num_kv_heads)
-        return failure("table-size", text) if text else None
 
     def _visit(self, model: ModelGraph, site: AttentionSite) -> Remark:
         name, read = f"attention[{site.index}]", read_of(site)

@@ -152,9 +152,11 @@ class SparseAttention(Pass):
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Rewrite the causal prefill sites of the selected layers."""
-        remarks = self._out_of_range(model) or self._wrong_table(model)
-        if remarks:
+        if remarks := self._out_of_range(model):
             return PassResult(False, tuple(remarks))
+        table = self._table()
+        if table is not None and (wrong := table.refusal(model)):
+            return PassResult(False, (wrong,))
         remarks = [self._visit(model, site, context) for site in model.attention]
         changed = any(r.kind == "applied" for r in remarks)
         return PassResult(changed, tuple(remarks), {"sites": len(remarks)})
@@ -177,14 +179,6 @@ class SparseAttention(Pass):
             for key, i, limit in named
             if i >= limit
         ]
-
-    def _wrong_table(self, model: ModelGraph) -> list[Remark]:
-        table, count = self._table(), len(model.attention)
-        if table is None or not count:
-            return []
-        site = model.attention[0]
-        text = table.mismatch(count, site.num_heads, site.num_kv_heads)
-        return [failure("table-size", text)] if text else []
 
     def _table(self) -> HeadTable | None:
         return read_table(self.table, self.sparsity) if self.table else None

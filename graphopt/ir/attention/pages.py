@@ -33,11 +33,6 @@ def _read(node: fx.Node, place: int) -> fx.Node | None:
     return source if is_read and index == place else None  # type: ignore[return-value]
 
 
-def capacity_of(read: fx.Node) -> Any:
-    """Return how many pages a batch row has room for, int or SymInt."""
-    return value_of(read.args[4]).shape[1]
-
-
 def replace_by_pages(
     gm: fx.GraphModule, site: AttentionSite, read: fx.Node, budget: int, interval: int
 ) -> fx.Node:

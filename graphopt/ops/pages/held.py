@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from graphopt.codegen.pages import width
 from graphopt.ops.pages.layout import PAGE, decode, pages_of
 
 # The arguments that `Held.of` takes, in this order.
@@ -30,11 +31,7 @@ class PageSet(NamedTuple):
 
     def widths(self) -> tuple[int, int]:
         """Return the channels of keys and of values: int4 has two to a byte."""
-        key, value = (
-            pool.shape[-1] * (2 if pool.dtype == torch.uint8 else 1)
-            for pool in (self.keys, self.values)
-        )
-        return key, value
+        return width(self.keys), width(self.values)
 
     def read(self, held: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return key and value [B, H, S, D], zero where ``held`` [B, S] is false."""

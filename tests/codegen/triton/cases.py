@@ -6,10 +6,9 @@ so a case is data, and everything random follows from it.
 
 from __future__ import annotations
 
-import itertools
 import random
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -96,30 +95,6 @@ FACTORS: dict[str, Sequence[Any]] = {
     "layout": ("dense", "turned", "gaps"),
     "tile": (None, (16, 64), (128, 32), (32, 128)),
 }
-
-
-def pairwise(factors: Mapping[str, Sequence[Any]]) -> Iterator[Case]:
-    """Yield few cases in which any two values of any two factors meet."""
-    generator = random.Random(0)
-    missing = {
-        ((a, x), (b, y))
-        for (a, xs), (b, ys) in itertools.combinations(sorted(factors.items()), 2)
-        for x, y in itertools.product(xs, ys)
-    }
-    while missing:
-        # Sorted, since every test process has to come to the same cases.
-        pair = generator.choice(sorted(missing, key=repr))
-        tries = (
-            {n: generator.choice(v) for n, v in factors.items()} | dict(pair)
-            for _ in range(30)
-        )
-        best = max(tries, key=lambda chosen: len(missing & _pairs(chosen)))
-        missing -= _pairs(best)
-        yield Case(**best)
-
-
-def _pairs(chosen: Mapping[str, Any]) -> set[tuple[Any, ...]]:
-    return set(itertools.combinations(sorted(chosen.items()), 2))
 
 
 def check(case: Case, device: str = "cpu") -> None:

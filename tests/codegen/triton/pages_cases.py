@@ -7,10 +7,8 @@ number in another way on a GPU.
 
 from __future__ import annotations
 
-import itertools
-import random
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,28 +81,6 @@ SINGLE = [
     Case(extremes=False, kind="int8", dtype=torch.float16, rings=(1,), dims=(80, 64)),
     Case(extremes=False, kind="int4", dtype=torch.bfloat16),
 ]
-
-
-def pairwise(factors: Mapping[str, Sequence[Any]]) -> Iterator[Case]:
-    """Yield few cases in which any two values of any two factors meet."""
-    generator = random.Random(0)
-    names = sorted(factors)
-    missing = {
-        ((a, x), (b, y))
-        for a, b in itertools.combinations(names, 2)
-        for x, y in itertools.product(factors[a], factors[b])
-    }
-    while missing:
-        # Sorted, since every test process has to come to the same cases.
-        pair = dict(generator.choice(sorted(missing, key=repr)))
-        tries = [
-            {n: pair.get(n, generator.choice(factors[n])) for n in names}
-            for _ in range(30)
-        ]
-        met = [set(itertools.combinations(chosen.items(), 2)) for chosen in tries]
-        best = max(range(30), key=lambda i: len(missing & met[i]))
-        missing -= met[best]
-        yield Case(**tries[best])
 
 
 @dataclass

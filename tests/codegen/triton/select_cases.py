@@ -6,10 +6,8 @@ process and, on a GPU, in this one.
 
 from __future__ import annotations
 
-import itertools
-import random
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from graphopt.codegen.triton import select
 from graphopt.ops.estimate import last_queries_mass
 from graphopt.ops.selection import _capacities, select_reference
+from tests.codegen.triton.pairwise import pairwise
 from tests.oracle import TOLERANCE, tensors
 
 # sink, window, vertical, slash; the last one keeps more than there is.
@@ -80,30 +79,6 @@ FACTORS: dict[str, Sequence[Any]] = {
     "tables": tuple(range(len(TABLES))),
     "turned": (False, True),
 }
-
-
-def pairwise(factors: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Yield few choices in which any two values of any two factors meet."""
-    generator = random.Random(0)
-    missing = {
-        ((a, x), (b, y))
-        for (a, xs), (b, ys) in itertools.combinations(sorted(factors.items()), 2)
-        for x, y in itertools.product(xs, ys)
-    }
-    while missing:
-        # Sorted, since every test process has to come to the same cases.
-        pair = generator.choice(sorted(missing, key=repr))
-        tries = (
-            {n: generator.choice(v) for n, v in factors.items()} | dict(pair)
-            for _ in range(30)
-        )
-        best = max(tries, key=lambda chosen: len(missing & _pairs(chosen)))
-        missing -= _pairs(best)
-        yield best
-
-
-def _pairs(chosen: Mapping[str, Any]) -> set[tuple[Any, ...]]:
-    return set(itertools.combinations(sorted(chosen.items()), 2))
 
 
 def cases() -> list[Case]:

@@ -12,12 +12,13 @@ from graphopt.codegen.targets import present, tiles
 from graphopt.codegen.triton import attention as triton_attention
 from graphopt.codegen.triton import tune
 from graphopt.ops import attention
-from tests.codegen.triton.cases import FACTORS, SINGLE, Case, check, pairwise
+from tests.codegen.triton.cases import FACTORS, SINGLE, Case, check
+from tests.codegen.triton.pairwise import pairwise
 from tests.models import TINY, token_ids
 from tests.oracle import TOLERANCE, assert_close, oracle, tensors, visible
 
 DEVICE = "cuda"
-CASES = pairwise(FACTORS | {"tile": (None,)})
+CASES = [Case(**c) for c in pairwise(FACTORS | {"tile": (None,)})]
 LONG = Case(dtype=torch.bfloat16, dim=128, group=4, kv_heads=2, length=3000)
 
 pytestmark = [

@@ -8,7 +8,8 @@ import torch
 from graphopt.codegen.triton.attention import launch
 from graphopt.codegen.triton.spec import AttentionSpec
 from graphopt.errors import KernelError
-from tests.codegen.triton.cases import FACTORS, SINGLE, check, pairwise
+from tests.codegen.triton.cases import FACTORS, SINGLE, Case, check
+from tests.codegen.triton.pairwise import pairwise
 from tests.oracle import tensors
 
 
@@ -17,7 +18,7 @@ def test_single(interpreter, case):
     interpreter.submit(check, case).result()
 
 
-@pytest.mark.parametrize("case", list(pairwise(FACTORS)), ids=str)
+@pytest.mark.parametrize("case", [Case(**c) for c in pairwise(FACTORS)], ids=str)
 def test_pairwise(interpreter, case):
     interpreter.submit(check, case).result()
 

@@ -16,11 +16,11 @@ from tests.codegen.triton.pages_cases import (
     Case,
     Device,
     check,
-    pairwise,
     query_of,
 )
+from tests.codegen.triton.pairwise import pairwise
 
-CASES = [*SINGLE, *pairwise(FACTORS)]
+CASES = [*SINGLE, *(Case(**c) for c in pairwise(FACTORS))]
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
