@@ -139,6 +139,12 @@ def placeholder_source(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+def copy_source(old: fx.Node, new: fx.Node) -> None:
+    """Tell of ``new`` what Dynamo hung on ``old``: AOTAutograd asks every input."""
+    if hasattr(old, "_dynamo_source"):
+        new._dynamo_source = old._dynamo_source
+
+
 def torch_version() -> tuple[int, int]:
     """Return torch's major and minor version."""
     major, minor = torch.__version__.split(".")[:2]

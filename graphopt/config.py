@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from graphopt.registry import pass_class
 
 Source = "PassConfig | str | Path | Mapping[str, Any] | None"
 
-# Lossless passes that run first unless ``defaults = false`` or the list is empty.
-DEFAULT_PASSES = ("structured-mask",)
+# Lossless passes that run first, and last, unless ``defaults = false`` or the list is
+# empty. Last: other passes read linears that are still spelt as the model did.
+DEFAULT_FIRST = ("structured-mask",)
+DEFAULT_LAST = ("skinny-linear",)
 _TOP_LEVEL = ("defaults", "pass")
 
 
@@ -104,9 +106,15 @@ def _build(data: Mapping[str, Any], origin: str, text: str) -> PassConfig:
         )
     passes = [_make(e, i, origin, text) for i, e in enumerate(entries or [])]
     if use_defaults and entries != []:
-        named = {p.name for p in passes}
-        passes = [pass_class(n)() for n in DEFAULT_PASSES if n not in named] + passes
+        passes = [*_unnamed(DEFAULT_FIRST, passes), *passes]
+        passes = [*passes, *_unnamed(DEFAULT_LAST, passes)]
     return PassConfig(tuple(passes), origin)
+
+
+def _unnamed(names: Sequence[str], passes: Sequence[Pass]) -> list[Pass]:
+    """Return the passes ``names`` that a pipeline does not have already."""
+    named = {p.name for p in passes}
+    return [pass_class(n)() for n in names if n not in named]
 
 
 def _is_table_list(value: Any) -> bool:

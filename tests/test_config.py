@@ -23,7 +23,7 @@ def write(folder, text):
 
 
 def test_the_default_is_the_lossless_pipeline():
-    assert load_config(None).text() == "structured-mask"
+    assert load_config(None).text() == "structured-mask,skinny-linear"
 
 
 def test_text_dictionary_and_file_agree(tmp_path):
@@ -42,10 +42,10 @@ def test_text_dictionary_and_file_agree(tmp_path):
     assert all(p == pipelines[0] for p in pipelines)
 
 
-def test_files_run_the_lossless_passes_first(tmp_path):
+def test_files_run_the_lossless_passes_around_their_own(tmp_path):
     file = write(tmp_path, '[[pass]]\nname = "sparse-attention"\n')
     names = [p.name for p in load_config(file).pipeline]
-    assert names == ["structured-mask", "sparse-attention"]
+    assert names == ["structured-mask", "sparse-attention", "skinny-linear"]
 
 
 @pytest.mark.parametrize("empty", ["", {"pass": []}, {"defaults": False}])

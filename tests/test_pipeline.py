@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from graphopt.config import load_config
+from graphopt.config import PassConfig, load_config
 from graphopt.errors import PassError
 from graphopt.ir.constants import fold_float_attributes
 from graphopt.ir.match import op_name
@@ -76,6 +76,14 @@ def test_a_broken_pass_is_undone(broken):
     assert [(r.kind, r.code) for r in record.remarks] == [("failure", "undone")]
     gm.recompile()
     gm(*gm.meta["arguments"])
+
+
+def test_a_graph_that_a_pass_was_undone_on_compiles():
+    model, ids = TINY["gpt2"]().eval(), token_ids(3, 7)
+    options = {"config": PassConfig((Lies(),))}
+    fast = torch.compile(model, backend="graphopt", options=options, dynamic=True)
+    with torch.no_grad(), pytest.warns(UserWarning, match="undone"):
+        torch.testing.assert_close(fast(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("broken", [Raises, Lies])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from graphopt._compat import copy_source
+
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """Return a copy of ``graph`` with nodes of its own, meta shared by value."""
@@ -12,6 +14,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     copy.output(copy.graph_copy(graph, values))
     for node, old in zip(copy.nodes, graph.nodes, strict=True):
         node.meta = dict(old.meta)
+        copy_source(old, node)
     copy._codegen = graph._codegen
     return copy
 

@@ -12,6 +12,7 @@ from graphopt.ir.attention.unraised import unraised
 from graphopt.ir.caches.sites import CacheSite, find_caches
 from graphopt.ir.match import size_expr
 from graphopt.ir.sites.ffn import FfnSite, find_ffn
+from graphopt.ir.sites.linear import LinearSite, find_linears
 from graphopt.ir.sites.norms import NormSite, find_norms
 from graphopt.ir.sites.rotary import RotarySite, find_rotary
 from graphopt.ir.sites.unplaced import unplaced
@@ -46,6 +47,11 @@ class ModelGraph:
     def ffn(self) -> list[FfnSite]:
         """Return the feed-forward sites in graph order."""
         return find_ffn(self.gm)
+
+    @cached_property
+    def linears(self) -> list[LinearSite]:
+        """Return the products with a parameter in graph order."""
+        return find_linears(self.gm)
 
     @cached_property
     def norms(self) -> list[NormSite]:

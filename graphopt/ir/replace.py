@@ -41,7 +41,7 @@ def replace_site(
         mask, *rest = shared_arguments(gm.graph, site, min_tokens)
         args = (site.query, site.key, site.value, mask, *table, *rest)
         node = call(gm.graph, torch.ops.graphopt.attention.default, args)
-    return substitute(gm, site, node)
+    return substitute(gm, site.node, node)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def replace_by_visit(
         if blocks is not None:
             args += _block_lists(graph, site, blocks, mask, rest)
         node = call(graph, torch.ops.graphopt.visit_attention.default, args)
-    return substitute(gm, site, node)
+    return substitute(gm, site.node, node)
 
 
 def _block_lists(
@@ -155,15 +155,13 @@ def _item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
     return item
 
 
-def substitute(gm: fx.GraphModule, site: AttentionSite, node: fx.Node) -> fx.Node:
-    """Put ``node`` in the place of ``site``; ValueError where its value differs."""
-    result, before = value_of(node), value_of(site.node)
-    kept = {k: v for k, v in site.node.meta.items() if k != "example_value"}
+def substitute(gm: fx.GraphModule, old: fx.Node, node: fx.Node) -> fx.Node:
+    """Put ``node`` in the place of ``old``; ValueError where its value differs."""
+    result, before = value_of(node), value_of(old)
+    kept = {k: v for k, v in old.meta.items() if k != "example_value"}
     node.meta = {**kept, "example_value": result}
     if result.dtype != before.dtype or result.shape != before.shape:
-        raise ValueError(
-            f"{site.node.name}: {before.shape} would become {result.shape}"
-        )
-    site.node.replace_all_uses_with(node)
-    gm.graph.erase_node(site.node)
+        raise ValueError(f"{old.name}: {before.shape} would become {result.shape}")
+    old.replace_all_uses_with(node)
+    gm.graph.erase_node(old)
     return node

@@ -5,6 +5,7 @@ from graphopt.ops.block_list import BlockList
 from graphopt.ops.block_selection import select_blocks
 from graphopt.ops.reference import attention_reference
 from graphopt.ops.selection import select_vertical_slash
+from graphopt.ops.skinny_linear import skinny_linear
 from graphopt.ops.visit import visit_attention
 from graphopt.ops.visit_list import VisitList
 
@@ -15,5 +16,6 @@ __all__ = [
     "attention_reference",
     "select_blocks",
     "select_vertical_slash",
+    "skinny_linear",
     "visit_attention",
 ]

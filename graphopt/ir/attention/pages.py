@@ -46,7 +46,7 @@ def replace_by_pages(
         mask, _, scale, softcap, _ = shared_arguments(gm.graph, site, 0)
         args = (site.query, *state, mask, budget, interval, scale, softcap)
         node = call(gm.graph, torch.ops.graphopt.page_attention.default, args)
-    return substitute(gm, site, node)
+    return substitute(gm, site.node, node)
 
 
 @dataclass(frozen=True)

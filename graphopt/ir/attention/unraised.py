@@ -8,7 +8,7 @@ from torch import fx
 
 from graphopt.ir.attention.eager import why_not
 from graphopt.ir.match import op_name, shape_of
-from graphopt.ir.sites.ffn import is_linear
+from graphopt.ir.sites.linear import is_linear
 
 _CASTS = ("to", "float", "contiguous", "type_as", "reshape", "getitem")
 # Attention that is one operator, in spellings that no rule reads.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from graphopt.ir.match import op_name, shape_of
+from graphopt.ir.sites.linear import is_linear
 
 ACTIVATIONS = ("silu", "gelu", "relu", "tanh", "sigmoid", "quick_gelu", "mish", "relu6")
 _FORMULA = ("mul", "add", "pow", "tanh", "erf", "sigmoid", "div")
@@ -38,28 +39,6 @@ def find_ffn(gm: fx.GraphModule) -> list[FfnSite]:
             site = _ending_in(node)
             sites += [site] if site is not None else []
     return sites
-
-
-def is_linear(node: fx.Node) -> bool:
-    """Tell whether ``node`` multiplies by a parameter.
-
-    Spelt as linear, as addmm (Conv1D) or as a product with a transposed weight.
-    """
-    name = op_name(node)
-    if name == "matmul":
-        return _is_weight(node.args[1])
-    return name == "linear" or (name == "addmm" and len(node.args) == 3)
-
-
-def _is_weight(value: Any) -> bool:
-    while isinstance(value, fx.Node) and op_name(value) in (
-        "getattr",
-        "t",
-        "transpose",
-    ):
-        value = value.args[0]
-    is_input = isinstance(value, fx.Node) and value.op in ("placeholder", "get_attr")
-    return is_input and len(shape_of(value) or ()) == 2
 
 
 def _ending_in(down: fx.Node) -> FfnSite | None:

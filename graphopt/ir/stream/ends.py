@@ -12,13 +12,12 @@ from torch import fx
 from graphopt.ir.caches.sites import is_given
 from graphopt.ir.casts import CASTS
 from graphopt.ir.match import argument, op_name, shape_of, value_of
-from graphopt.ir.sites.ffn import is_linear
+from graphopt.ir.sites.linear import is_linear, operands
 from graphopt.ir.sites.norms import NormSite
 from graphopt.ir.stream.trunk import SELECTING, Trunk, width
 
 _ON_LOGITS = (*CASTS, "contiguous", "add", "mul", "div", "tanh", "clone")
 _ON_IDS = (*CASTS, "reshape", "long", "int", "contiguous", "clone", "expand", "getitem")
-_TRANSPOSES = ("getattr", "t", "transpose")
 _FILLING = ("where", "masked_fill")
 _MAX_STEPS = 12
 _INPUT_ONLY = 16  # at most one id of so many is never predicted
@@ -115,24 +114,13 @@ def token_embedding(
 def _head(
     linear: fx.Node, output: fx.Node, weights: list[fx.Node], trunk: Trunk
 ) -> HeadSite:
-    source, weight, bias = _operands(linear)
+    source, weight, bias = operands(linear)
     path = trunk.path(source)
     kinds = [trunk.kind(node) for node in path]
     before = kinds.index("norm") if "norm" in kinds else len(kinds) - 1
     hidden, norm = path[_after_selection(kinds[:before])], trunk.norm(path[before])
     tied = weight in weights
     return HeadSite(linear, output, source, hidden, norm, weight, bias, tied)
-
-
-def _operands(linear: fx.Node) -> tuple[Any, Any, Any]:
-    """Return (input, weight, bias); a transposition of the weight is undone."""
-    if op_name(linear) == "addmm":
-        bias, source, weight = linear.args[:3]
-        return source, weight, bias
-    source, weight = argument(linear, 0, "input"), argument(linear, 1, "weight")
-    while isinstance(weight, fx.Node) and op_name(weight) in _TRANSPOSES:
-        weight = weight.args[0]
-    return source, weight, argument(linear, 2, "bias")
 
 
 def _after_selection(kinds: list[str]) -> int:

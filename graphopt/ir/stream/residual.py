@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import fx
 
 from graphopt.ir.match import shape_of
-from graphopt.ir.sites.ffn import is_linear
+from graphopt.ir.sites.linear import is_linear
 from graphopt.ir.stream.scan import Group, ResidualAdd, scan_streams
 from graphopt.ir.stream.trunk import SELECTING, Trunk, width
 

@@ -1,0 +1,126 @@
+"""`skinny-linear`: linears of a decoding step read weights as fast as memory can."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from graphopt.ir.match import op_name, value_of
+from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.replace import call, substitute
+from graphopt.ir.sites.linear import LinearSite
+from graphopt.passes.base import Pass, PassContext, PassResult, option
+from graphopt.remarks import Remark, applied, missed
+
+# Rows up to which dot products read weights faster than BLAS multiplies, on a CPU
+# (benchmarks/linear.py); other types are served as fast by BLAS.
+_MOST_ROWS = {torch.float32: 4, torch.bfloat16: 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkinnyLinear(Pass):
+    """Turn linears over few rows into dot products that one loop computes.
+
+    A decoding step multiplies one row (one a prompt) with every weight of the model, so
+    its time is that of reading the weights. On a CPU the BLAS behind torch reads them
+    at a third to two thirds of the rate that memory has; loops that Inductor makes of
+    the sums read them at all of it, once for all rows. Lossless: the same products in
+    another order of summation. Pays on a CPU in every decoding step, in float32 up to 4
+    rows and in bfloat16 with one.
+
+    Before::
+
+        %y = linear(%x, %weight, %bias)
+
+    After::
+
+        %y = graphopt.skinny_linear(%x, %weight, %bias)
+
+    Refuses when
+
+    - ``many-rows``: the input has more than ``rows`` rows, or a number that changes
+      between calls (with several prompts compile with ``dynamic=None``, which takes a
+      batch size as fixed until it changes);
+    - ``slower``: the device's BLAS is predicted to be as fast;
+    - ``layout``: a row of the weight does not lie in one piece (Conv1D);
+    - ``unsupported``: operands of other types, such as autocast or sharded weights.
+    """
+
+    name: ClassVar[str] = "skinny-linear"
+    source: ClassVar[str] = "lossless; general matrix-vector product at memory's rate"
+    exact: ClassVar[bool] = True
+
+    rows: Annotated[int, Field(ge=1, le=16)] = option(
+        4, "most rows that are multiplied so", "rows"
+    )
+
+    def run(self, model: ModelGraph, context: PassContext) -> PassResult:
+        """Rewrite every linear over few rows."""
+        sites = model.linears
+        remarks = [self._visit(model, i, site, context) for i, site in enumerate(sites)]
+        changed = any(r.kind == "applied" for r in remarks)
+        return PassResult(changed, tuple(remarks), {"sites": len(remarks)})
+
+    def _visit(
+        self, model: ModelGraph, index: int, site: LinearSite, context: PassContext
+    ) -> Remark:
+        name = f"linear[{index}]"
+        if refusal := self._refusal(site, context):
+            return missed(name, *refusal)
+        rows = _rows(site)
+        graph = model.gm.graph
+        with graph.inserting_before(site.node):
+            args = (site.input, site.weight, site.bias)
+            node = call(graph, torch.ops.graphopt.skinny_linear.default, args)
+        substitute(model.gm, site.node, node)
+        return applied(name, f"{rows} row(s) as dot products", rows=rows)
+
+    def _refusal(
+        self, site: LinearSite, context: PassContext
+    ) -> tuple[str, str] | None:
+        source, weight = value_of(site.input), value_of(site.weight)
+        if op_name(site.node) == "graphopt.skinny_linear":
+            return "done", "the linear is dot products already"
+        if reason := _unsupported(site):
+            return "unsupported", reason
+        rows = _rows(site)
+        if not isinstance(rows, int):
+            return "many-rows", f"their number, {rows}, changes between calls"
+        if rows > self.rows:
+            return "many-rows", f"{rows} rows are multiplied together"
+        if weight.stride(-1) != 1 or site.transposed:
+            return "layout", "the weight's rows do not lie in one piece"
+        if self.force:
+            return None
+        if context.device != "cpu":
+            return "slower", f"{context.device} reads weights at memory's rate already"
+        if rows > _MOST_ROWS.get(source.dtype, 0):
+            return "slower", f"{rows} row(s) of {source.dtype} are BLAS's to multiply"
+        return None
+
+
+def _rows(site: LinearSite) -> Any:
+    """Return the number of rows: int, or SymInt where it changes."""
+    rows = prod(value_of(site.input).shape[:-1])  # numel() would fix the sizes
+    known = rows.node.maybe_as_int() if isinstance(rows, torch.SymInt) else rows
+    return rows if known is None else known
+
+
+def _unsupported(site: LinearSite) -> str:
+    values = [
+        value_of(n) for n in (site.input, site.weight, site.bias) if n is not None
+    ]
+    if any(not isinstance(v, torch.Tensor) for v in values):
+        return "an operand is no tensor"
+    if any(is_traceable_wrapper_subclass(v) for v in values):
+        return "an operand is a tensor of another kind (sharded, quantised)"
+    if len({v.dtype for v in (*values, value_of(site.node))}) > 1:
+        return "operands and result differ in dtype (autocast)"
+    if not values[0].is_floating_point() or values[1].ndim != 2:
+        return "it is no product of a matrix of floats"
+    return ""
