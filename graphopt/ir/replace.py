@@ -109,11 +109,14 @@ def shared_arguments(
     offset = size_argument(graph, site.offset, [site.key, site.query])
     known = float_of(site.scale)
     scale = site.scale if known is None else known
-    return _key_mask(graph, site), offset, scale, site.softcap, min_tokens
+    return key_mask_of(graph, site), offset, scale, site.softcap, min_tokens
 
 
-def _key_mask(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
-    """A mask of one row holds for every batch row; the op wants [B, Skv]."""
+def key_mask_of(graph: fx.Graph, site: AttentionSite) -> fx.Node | None:
+    """Return the key mask of ``site``, bool [B, Skv], or None; new nodes may go in.
+
+    A mask of one row holds for every batch row.
+    """
     if site.key_mask is None:
         return None
     mask = _columns(graph, site, site.key_mask)

@@ -6,6 +6,7 @@ from graphopt.ops.block_selection import select_blocks
 from graphopt.ops.reference import attention_reference
 from graphopt.ops.selection import select_vertical_slash
 from graphopt.ops.skinny_linear import skinny_linear
+from graphopt.ops.tokens import keep_tokens, take_tokens, token_scores
 from graphopt.ops.visit import visit_attention
 from graphopt.ops.visit_list import VisitList
 
@@ -14,8 +15,11 @@ __all__ = [
     "VisitList",
     "attention",
     "attention_reference",
+    "keep_tokens",
     "select_blocks",
     "select_vertical_slash",
     "skinny_linear",
+    "take_tokens",
+    "token_scores",
     "visit_attention",
 ]

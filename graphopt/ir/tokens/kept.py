@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -14,6 +14,8 @@ from graphopt.errors import PassError
 from graphopt.ir.match import shape_of, size_expr, sizes_of, value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.sizes.slots import TOKENS
+
+SizesOf = Callable[[fx.Node], tuple[Any, ...]]
 
 
 class KeptTokens:
@@ -42,10 +44,8 @@ class KeptTokens:
         What has as many elements as there are tokens is taken for them only here, where
         a pass has said that it gathered the tensor by tokens.
         """
-        if not self.is_static:
-            return sizes_of(node)
-        known = self.model.symbols.shapes.get(node)
-        if known is not None:
+        known = token_sizes(self.model)[1](node)
+        if known or not self.is_static:
             return known
         return tuple(
             TOKENS if size == self.traced else sympy.Integer(size)
@@ -87,6 +87,16 @@ class KeptTokens:
     def at(self, expr: Any, count: int) -> int:
         """Return an expression over T as a number, with ``count`` tokens."""
         return self.number(sympy.sympify(expr).subs(self.symbol, count))
+
+
+def token_sizes(model: ModelGraph) -> tuple[Any, SizesOf]:
+    """Return the symbol of T, and a function from a tensor to its sizes over T.
+
+    In a static graph () is for tensors whose sizes could not be told.
+    """
+    if isinstance(model.tokens, SymInt):
+        return size_expr(model.tokens), sizes_of
+    return TOKENS, lambda node: tuple(model.symbols.shapes.get(node) or ())
 
 
 def _hints(gm: fx.GraphModule) -> dict[Any, int]:

@@ -1,0 +1,154 @@
+"""Drop tokens after a layer: the rest of the graph runs on those that stay."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.errors import PassError
+from graphopt.ir.attention.site import AttentionSite
+from graphopt.ir.match import float_of, shape_of, sizes_of, value_of
+from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.replace import call, key_mask_of
+from graphopt.ir.stream.layers import Layer
+from graphopt.ir.tokens.kept import token_sizes
+from graphopt.ir.tokens.substitute import substitute_tokens
+
+_ops = torch.ops.graphopt
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Behind layer ``layer`` the share ``keep`` of the tokens that reach it stays.
+
+    ``scores`` [B, S] is a node of scores of the tokens that reach the layer; None takes
+    tokens at equal distances.
+    """
+
+    layer: int
+    keep: Fraction
+    scores: fx.Node | None
+
+
+def attention_scores(model: ModelGraph, layer: Layer) -> fx.Node:
+    """Insert behind ``layer`` its last token's attention to each token, [B, S]."""
+    site, graph = layer.attention, model.gm.graph
+    with graph.inserting_before(_stream(layer).next):
+        mask = key_mask_of(graph, site)
+        args = (site.query, site.key, mask, _scale(site), site.softcap, site.window)
+        return call(graph, _ops.token_scores.default, args)
+
+
+def spread_scores(model: ModelGraph, layer: Layer, seed: int) -> fx.Node:
+    """Insert behind ``layer`` scores that depend on places alone, [B, S]."""
+    stream = _stream(layer)
+    with model.gm.graph.inserting_before(stream.next):
+        return call(model.gm.graph, _ops.spread_scores.default, (stream, seed))
+
+
+def drop_tokens(model: ModelGraph, drop: Drop) -> None:
+    """Edit the graph; PassError, with the graph as it was, where it cannot follow.
+
+    Drops of one graph are made from the deepest layer to the first: then what is behind
+    a drop follows the earlier one, its counts too. Kept tokens stay in their order and
+    keep their positions: cosines, sines and masks are gathered with them.
+    """
+    layer, graph = model.layers[drop.layer], model.gm.graph
+    stream = _stream(layer)
+    _ = model.symbols  # before nodes of T' go in
+    known = set(graph.nodes)
+    point = stream.next
+    if drop.scores is not None:
+        point = max(point, drop.scores.next, key=list(graph.nodes).index)
+    crossing = _crossing(model, point)
+    try:
+        with graph.inserting_before(point):
+            kept = _kept(graph, layer, drop)
+            gathered = {node: _taken(model, node, kept) for node in crossing}
+        substitute_tokens(model, gathered)
+    except PassError:
+        for node in reversed([n for n in graph.nodes if n not in known]):
+            graph.erase_node(node)
+        raise
+
+
+def _kept(graph: fx.Graph, layer: Layer, drop: Drop) -> fx.Node:
+    """Insert the places of the tokens that stay, [B, S']."""
+    stream, scores = _stream(layer), drop.scores
+    mask = key_mask_of(graph, layer.attention)
+    count = _count(graph, stream, drop.keep)
+    even = scores is None
+    if scores is None:
+        scores = call(graph, _ops.spread_scores.default, (stream, 0))
+    return call(graph, _ops.keep_tokens.default, (scores, count, mask, even))
+
+
+def _scale(site: AttentionSite) -> float:
+    if site.scale is None:
+        return float(site.head_dim**-0.5)
+    known = float_of(site.scale)
+    if known is None:
+        raise PassError(f"attention[{site.index}] has a scale that is computed")
+    return known
+
+
+def _stream(layer: Layer) -> fx.Node:
+    if layer.output is None:
+        raise PassError(f"the stream behind layer {layer.index} is no single value")
+    return layer.output
+
+
+def _crossing(model: ModelGraph, point: fx.Node) -> list[fx.Node]:
+    """Return what nodes from ``point`` on read of earlier ones, by tokens."""
+    order = list(model.gm.graph.nodes)
+    cut = order.index(point)
+    later = {node for node in order[cut:] if node.op != "output"}
+    symbol, sizes = token_sizes(model)
+    return [
+        node
+        for node in order[:cut]
+        if not later.isdisjoint(node.users) and symbol in sizes(node)
+    ]
+
+
+def _count(graph: fx.Graph, stream: fx.Node, keep: Fraction) -> fx.Node:
+    """Insert ceil(keep * S), from the size of ``stream``: it follows earlier drops."""
+    tokens = _number(graph, torch.ops.aten.sym_size.int, stream, 1)
+    scaled = _number(graph, operator.mul, tokens, keep.numerator)
+    raised = _number(graph, operator.add, scaled, keep.denominator - 1)
+    return _number(graph, operator.floordiv, raised, keep.denominator)
+
+
+def _number(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta["example_value"] = target(*(value_of(a) for a in args))
+    return node
+
+
+def _taken(model: ModelGraph, node: fx.Node, kept: fx.Node) -> fx.Node:
+    """Insert ``node`` with the kept tokens; a mask [B, 1, S, S] on both axes."""
+    symbol, sizes = token_sizes(model)
+    axes = [i for i, size in enumerate(sizes(node)) if size == symbol]
+    batch = sizes_of(kept)[0]
+    if axes[0] == 0 or sizes_of(node)[0] not in (1, batch):
+        text = f"{node.name} {shape_of(node)} has tokens but no axis of batch rows"
+        raise PassError(text)
+    for axis in axes:
+        args = (node, kept, axis)
+        node = call(model.gm.graph, _ops.take_tokens.default, args)
+    return node
+
+
+def returns_tokens(model: ModelGraph) -> str:
+    """Return the name of an output with an axis of tokens, or an empty text."""
+    symbol, sizes = token_sizes(model)
+    output = model.gm.graph.find_nodes(op="output")[0]
+    for node in output.all_input_nodes:
+        if any(symbol in size.free_symbols for size in sizes(node)):
+            return node.name
+    return ""

@@ -1,0 +1,1 @@
+"""Passes that let tokens drop out on their way through the layers."""

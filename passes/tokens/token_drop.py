@@ -1,0 +1,167 @@
+"""`token-drop`: tokens of a prompt that matter little skip the later layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
+from torch import SymInt, fx
+
+from graphopt.errors import PassError
+from graphopt.ir.copying import copy_graph
+from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.tokens.drop import (
+    Drop,
+    attention_scores,
+    drop_tokens,
+    returns_tokens,
+    spread_scores,
+)
+from graphopt.passes.base import Pass, PassContext, PassResult, option
+from graphopt.passes.tokens.schedule import DropPoint, Step, steps
+from graphopt.remarks import Remark, applied, failure, missed
+
+# What LazyLLM draws in its figure 4: a third of what is alive goes three times.
+_LAZY = tuple(
+    DropPoint(depth=depth, keep=keep)
+    for depth, keep in ((0.3, 0.7), (0.6, 0.5), (0.9, 0.3))
+)
+_FASTV = (DropPoint(layer=1, keep=0.5),)  # K = 2, R = 50 % in FastV's paper
+_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDrop(Pass):
+    """Let tokens of a prompt drop out between layers; the rest runs on fewer.
+
+    Behind the layers of a schedule each prompt's tokens are ranked by the attention
+    that its last token pays them there, the mean over heads, and only the best go on
+    (``lazy``). They stay in order and keep their positions; the last token always
+    stays, padding goes first. Scores are a side operator that reads the keys once, so
+    attention keeps its fast kernel. ``fastv`` ranks once, at the first point;
+    ``random`` and ``uniform`` (equal distances) look at no token: what a method has to
+    beat. Approximate; a schedule that keeps everything leaves the graph as it is. Pays
+    where a prompt is long and only its last tokens' predictions are asked for.
+
+    Before::
+
+        %h1 = add(%h0, %mlp) : f32[B, S, H]
+        %q = linear(rms_norm(%h1), ...)
+
+    After::
+
+        %s = graphopt.token_scores(%q0, %k0, %padding, 0.125)
+        %kept = graphopt.keep_tokens(%s, ceil(0.7 S), %padding)
+        %h1' = graphopt.take_tokens(%h1, %kept, 1) : f32[B, ceil(0.7 S), H]
+        %q = linear(rms_norm(%h1'), ...)
+
+    Refuses when
+
+    - ``not-prefill``: the graph decodes, or encodes without a causal mask;
+    - ``keeps-all``: the schedule keeps every token;
+    - ``schedule``: it names layers that the model does not have;
+    - ``cache``: keys are kept for decoding, which then would meet layers of different
+      lengths;
+    - ``outputs``: the graph returns something of every token (ask for the last logits
+      only: ``logits_to_keep=1``);
+    - ``fixed-length``: the schedule has several points and the graph was traced for one
+      length (compile with ``dynamic=True``);
+    - ``model-window``: later layers see a window, and distances would shrink;
+    - ``cannot-follow``: a later operator cannot run on fewer tokens.
+    """
+
+    name: ClassVar[str] = "token-drop"
+    source: ClassVar[str] = (
+        "LazyLLM (Fu et al. 2024, equation 1, without revival); FastV (Chen et al. "
+        "2024)"
+    )
+
+    method: Literal["lazy", "fastv", "random", "uniform"] = option(
+        "lazy", "how tokens are ranked"
+    )
+    schedule: list[DropPoint] = option(
+        [], "points where tokens are dropped; the method's own when left out"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        """Points that contradict each other in every model are an error of a config."""
+        if all(point.layer is not None for point in self.schedule):
+            steps(self.schedule, 1 << 30)
+        return self
+
+    def run(self, model: ModelGraph, context: PassContext) -> PassResult:
+        """Insert the drops, the deepest first."""
+        if refusal := _refusal(model):
+            return PassResult(False, (missed("graph", *refusal),))
+        try:
+            plan = steps(self._points(), len(model.layers))
+        except ValueError as error:
+            return PassResult(False, (failure("schedule", str(error)),))
+        plan = [step for step in plan if step.keep < 1]
+        if not plan:
+            reason = "the schedule keeps every token"
+            return PassResult(False, (missed("graph", "keeps-all", reason),))
+        if reason := _windowed(model, plan[0].layer):
+            return PassResult(False, (missed("graph", "model-window", reason),))
+        if len(plan) > 1 and not isinstance(model.tokens, SymInt):
+            reason = "several drops need a prompt length that varies: dynamic=True"
+            return PassResult(False, (missed("graph", "fixed-length", reason),))
+        before = copy_graph(model.gm.graph)
+        try:
+            remarks = self._drop(model, plan)
+        except PassError as error:
+            model.gm.graph = before  # all of a schedule or nothing
+            return PassResult(False, (missed("graph", "cannot-follow", str(error)),))
+        return PassResult(True, remarks, {"sites": len(remarks)})
+
+    def _points(self) -> list[DropPoint]:
+        default = _FASTV if self.method == "fastv" else _LAZY
+        return self.schedule or list(default)
+
+    def _drop(self, model: ModelGraph, plan: list[Step]) -> tuple[Remark, ...]:
+        scores = self._scores(model, plan)
+        for step in reversed(plan):
+            drop = Drop(step.layer, step.keep, scores[step.layer])
+            drop_tokens(ModelGraph(model.gm), drop)
+        return tuple(
+            applied(
+                f"layer[{step.layer}]",
+                f"{float(step.alive):.3g} of the prompt's tokens live behind it",
+                alive=float(step.alive),
+            )
+            for step in plan
+        )
+
+    def _scores(self, model: ModelGraph, plan: list[Step]) -> dict[int, Any]:
+        layers = {step.layer: model.layers[step.layer] for step in plan}
+        if self.method == "uniform":
+            return dict.fromkeys(layers)
+        if self.method == "lazy":
+            return {i: attention_scores(model, layer) for i, layer in layers.items()}
+        first = layers[plan[0].layer]
+        once: fx.Node = (
+            attention_scores(model, first)
+            if self.method == "fastv"
+            else spread_scores(model, first, _SEED)
+        )
+        return dict.fromkeys(layers, once)
+
+
+def _refusal(model: ModelGraph) -> tuple[str, str] | None:
+    if model.kind != "prefill":
+        return "not-prefill", f"the graph is of kind '{model.kind}'"
+    if model.caches:
+        return "cache", "decoding would meet layers of different lengths"
+    if name := returns_tokens(model):
+        return "outputs", f"{name} is returned for every token"
+    return None
+
+
+def _windowed(model: ModelGraph, first: int) -> str:
+    """Explicit masks are gathered; a window that the kernel knows counts places."""
+    for site in model.attention[first + 1 :]:
+        if site.window and site.form == "op":
+            return f"attention[{site.index}] sees a window of {site.window}"
+    return ""

@@ -1,0 +1,112 @@
+"""The operators on tokens against what they say, row by row."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphopt.ops.tokens import keep_tokens, spread_scores, take_tokens, token_scores
+from tests.oracle import tensors
+
+MASKS = {
+    "none": None,
+    "left": [[0, 0, 1, 1, 1, 1, 1], [1] * 7],
+    "right": [[1, 1, 1, 1, 0, 0, 0], [1] * 7],
+    "holes": [[1, 0, 1, 1, 0, 1, 0], [0, 1, 1, 0, 1, 1, 1]],
+}
+
+
+def mask_of(name):
+    rows = MASKS[name]
+    return None if rows is None else torch.tensor(rows, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (3.0, 0), (0.0, 3)])
+def test_scores_are_the_last_tokens_attention(name, softcap, window):
+    q, k, _ = tensors(6, 2, 7, 7, 16, batch=2)
+    mask = mask_of(name)
+    actual = token_scores(q, k, mask, 0.3, softcap, window)
+    for b in range(2):
+        real = [i for i in range(7) if mask is None or mask[b, i]]
+        seen = [i for i in real if not window or i > real[-1] - window]
+        expected = torch.zeros(7, dtype=torch.float64)
+        for h in range(6):
+            logits = (k[b, h // 3, seen].double() @ q[b, h, real[-1]].double()) * 0.3
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            expected[seen] += logits.softmax(0) / 6
+        torch.testing.assert_close(actual[b].double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def kept_by_hand(scores, count, real, last):
+    order = sorted(real, key=lambda i: (i != last, -scores[i], i))
+    padding = [i for i in range(len(scores)) if i not in real]
+    return sorted((order + padding)[:count])
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_kept_are_the_last_and_the_best(data):
+    tokens = data.draw(st.integers(1, 12))
+    count = data.draw(st.integers(1, tokens))
+    # Few values: ties must go to the earlier token.
+    value = st.sampled_from([0.0, 0.25, 0.5])
+    rows = [data.draw(st.lists(value, min_size=tokens, max_size=tokens)) for _ in "ab"]
+    masks = [
+        data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens).filter(any))
+        for _ in "ab"
+    ]
+    actual = keep_tokens(torch.tensor(rows), count, torch.tensor(masks))
+    for row, mask, kept in zip(rows, masks, actual.tolist(), strict=True):
+        real = [i for i in range(tokens) if mask[i]]
+        assert kept == kept_by_hand(row, count, real, real[-1])
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_even_keeps_equal_distances(name):
+    mask = mask_of(name)
+    kept = keep_tokens(torch.rand(2, 7), 3, mask, even=True)
+    for b in range(2):
+        real = [i for i in range(7) if mask is None or mask[b, i]]
+        n = len(real)
+        steps = [i for i in range(n) if (i + 1) * 3 // n > i * 3 // n]
+        assert kept[b].tolist() == [real[i] for i in steps]
+        assert real[-1] in kept[b]
+
+
+def test_take():
+    x, kept = torch.randn(2, 3, 7, 5), torch.tensor([[0, 2, 6], [1, 2, 3]])
+    actual = take_tokens(x, kept, 2)
+    for b in range(2):
+        assert torch.equal(actual[b], x[b, :, kept[b]])
+    shared = take_tokens(x[:1], kept, 2)
+    assert torch.equal(shared[1], x[0, :, kept[1]])
+
+
+def test_spread_scores_are_even_and_repeat():
+    x = torch.randn(2, 4096, 1)
+    first, other = spread_scores(x, 0), spread_scores(x, 1)
+    assert torch.equal(first, spread_scores(x, 0))
+    assert torch.equal(first[0], first[1])
+    counts = torch.histc(first[0], 8, 0, 1)
+    assert (counts - 512).abs().max() < 6 * math.sqrt(512)
+    assert abs(float(torch.corrcoef(torch.stack((first[0], other[0])))[0, 1])) < 0.05
+
+
+@pytest.mark.parametrize("name", ["token_scores", "keep_tokens", "take_tokens"])
+def test_are_operators(name):
+    q, k, _ = tensors(6, 2, 7, 7, 16, batch=2)
+    mask = mask_of("left")
+    scores = token_scores(q, k, mask, 0.3)
+    args = {
+        "token_scores": (q, k, mask, 0.3),
+        "keep_tokens": (scores, 4, mask),
+        "take_tokens": (q, keep_tokens(scores, 4, mask), 2),
+    }[name]
+    op = getattr(torch.ops.graphopt, name).default
+    assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
