@@ -107,8 +107,7 @@ def row_by_hand(model, ids, places, tokens, method):
 def by_hand(model, ids, mask, method):
     rows = []
     for row in range(ids.shape[0]):
-        real = mask[row].bool() if mask is not None else torch.ones(ids.shape[1]).bool()
-        places = real.nonzero()[:, 0].tolist()
+        places = mask[row].nonzero()[:, 0].tolist()
         rows.append(row_by_hand(model, ids[row], places, ids.shape[1], method))
     return torch.stack(rows)
 

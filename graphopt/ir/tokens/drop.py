@@ -52,7 +52,7 @@ def spread_scores(model: ModelGraph, layer: Layer, seed: int) -> fx.Node:
 
 
 def drop_tokens(model: ModelGraph, drop: Drop) -> None:
-    """Edit the graph; PassError, with the graph as it was, where it cannot follow.
+    """Edit the graph; PassError where it cannot follow: the caller keeps a copy.
 
     Drops of one graph are made from the deepest layer to the first: then what is behind
     a drop follows the earlier one, its counts too. Kept tokens stay in their order and
@@ -61,20 +61,14 @@ def drop_tokens(model: ModelGraph, drop: Drop) -> None:
     layer, graph = model.layers[drop.layer], model.gm.graph
     stream = _stream(layer)
     _ = model.symbols  # before nodes of T' go in
-    known = set(graph.nodes)
     point = stream.next
     if drop.scores is not None:
         point = max(point, drop.scores.next, key=list(graph.nodes).index)
     crossing = _crossing(model, point)
-    try:
-        with graph.inserting_before(point):
-            kept = _kept(graph, layer, drop)
-            gathered = {node: _taken(model, node, kept) for node in crossing}
-        substitute_tokens(model, gathered)
-    except PassError:
-        for node in reversed([n for n in graph.nodes if n not in known]):
-            graph.erase_node(node)
-        raise
+    with graph.inserting_before(point):
+        kept = _kept(graph, layer, drop)
+        gathered = {node: _taken(model, node, kept) for node in crossing}
+    substitute_tokens(model, gathered)
 
 
 def _kept(graph: fx.Graph, layer: Layer, drop: Drop) -> fx.Node:
