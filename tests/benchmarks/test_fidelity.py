@@ -169,10 +169,10 @@ def test_groups_are_measured_once(tmp_path):
 
 
 def test_the_summary_names_rows_that_a_baseline_beats():
-    def row(config, kl, baseline=False, default=True):
+    def row(config, kl, baseline=False, default=True, density=0.3):
         return {
             "config": config, "tokens": 8192, "mean_kl": kl, "baseline": baseline,
-            "default": default, "speedup": 2.0, "density": 0.3,
+            "default": default, "speedup": 2.0, "density": density,
         }  # fmt: skip
 
     rows = [
@@ -181,6 +181,8 @@ def test_the_summary_names_rows_that_a_baseline_beats():
         row("b", 0.4),
         row("b / window", 0.3, baseline=True),
         row("b{x=1}", 0.2, default=False),
+        row("c", 0.0, default=False, density=1.0),
+        row("c / window", 0.0, baseline=True, default=False, density=1.0),
         {"config": "a", "tokens": 8192, "passkey": 1.0, "baseline": False},
     ]
     found = summary(rows, (4096, 8192), 256)
