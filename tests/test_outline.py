@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as tf
 
+import graphopt
 from graphopt.backend import last_reports
 from tests.models import token_ids
 
@@ -54,6 +55,20 @@ def test_bit_identical(cached):
                 whole.past_key_values.layers[layer].keys,
                 parts.past_key_values.layers[layer].keys,
             )
+
+
+def test_pieces_get_the_strides_that_dynamo_saw():
+    """Phi 3 joins rotated channels to none; Inductor keeps their strides, eager not."""
+    torch.manual_seed(0)
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = tf.Phi3ForCausalLM(tf.Phi3Config(**SIZES, **tokens)).eval()
+    ids = token_ids(2, 21)
+    caches = [graphopt.Cache(max_tokens=64) for _ in range(2)]
+    whole, parts = (
+        logits(model, outline, ids, past_key_values=cache).logits
+        for outline, cache in zip((False, True), caches, strict=True)
+    )
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
 
 
 def test_layers_of_two_masks():

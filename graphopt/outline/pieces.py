@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch._prims_common import make_contiguous_strides_for
 
 from graphopt.outline.segments import target_name, type_of
 from graphopt.outline.sizes import canonical, described, needed
@@ -45,11 +46,29 @@ def extract(
         mapping[node].meta = dict(node.meta)
     for node in nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-    graph.output(tuple(mapping[n] for n in outputs))
+    graph.output(tuple(_as_promised(graph, mapping[n]) for n in outputs))
     module = fx.GraphModule(owner, graph)
     module.meta = dict(owner.meta)
     key, names = _key(nodes, inputs, outputs, sizes)
     return Piece(module, tuple(inputs), tuple(outputs), key, names)
+
+
+def _as_promised(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Return what the next piece is compiled for: contiguous where Dynamo saw that.
+
+    Inductor's decompositions may lay an operator's result out otherwise than eager
+    does: a cat with an empty tensor keeps the other one's strides. Inside one graph
+    that is seen; a piece's reader only knows what Dynamo traced.
+    """
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return node
+    contiguous = make_contiguous_strides_for(value.shape)
+    if node.op == "placeholder" or str(contiguous) != str(tuple(value.stride())):
+        return node
+    copied = graph.call_method("contiguous", (node,))
+    copied.meta = dict(node.meta)
+    return copied
 
 
 def _placeholder_name(index: int, node: fx.Node) -> str:
