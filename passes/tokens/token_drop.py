@@ -40,9 +40,10 @@ class TokenDrop(Pass):
     (``lazy``). They stay in order and keep their positions; the last token always
     stays, padding goes first. Scores are a side operator that reads the keys once, so
     attention keeps its fast kernel. ``fastv`` ranks once, at the first point;
-    ``random`` and ``uniform`` (equal distances) look at no token: what a method has to
-    beat. Approximate; a schedule that keeps everything leaves the graph as it is. Pays
-    where a prompt is long and only its last tokens' predictions are asked for.
+    ``random`` and ``uniform`` (equal distances) look at no token, ``pool`` averages
+    neighbours into as many: what a method has to beat. Approximate; a schedule that
+    keeps everything leaves the graph as it is. Pays where a prompt is long and only its
+    last tokens' predictions are asked for.
 
     Before::
 
@@ -77,7 +78,7 @@ class TokenDrop(Pass):
         "2024)"
     )
 
-    method: Literal["lazy", "fastv", "random", "uniform"] = option(
+    method: Literal["lazy", "fastv", "random", "uniform", "pool"] = option(
         "lazy", "how tokens are ranked"
     )
     schedule: list[DropPoint] = option(
@@ -123,7 +124,8 @@ class TokenDrop(Pass):
     def _drop(self, model: ModelGraph, plan: list[Step]) -> tuple[Remark, ...]:
         scores = self._scores(model, plan)
         for step in reversed(plan):
-            drop = Drop(step.layer, step.keep, scores[step.layer])
+            pool = self.method == "pool"
+            drop = Drop(step.layer, step.keep, scores[step.layer], pool)
             drop_tokens(ModelGraph(model.gm), drop)
         return tuple(
             applied(
@@ -136,7 +138,7 @@ class TokenDrop(Pass):
 
     def _scores(self, model: ModelGraph, plan: list[Step]) -> dict[int, Any]:
         layers = {step.layer: model.layers[step.layer] for step in plan}
-        if self.method == "uniform":
+        if self.method in ("uniform", "pool"):
             return dict.fromkeys(layers)
         if self.method == "lazy":
             return {i: attention_scores(model, layer) for i, layer in layers.items()}

@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.ops.tokens import keep_tokens, spread_scores, take_tokens, token_scores
+from graphopt.ops.tokens import (
+    keep_tokens,
+    pool_places,
+    pool_tokens,
+    spread_scores,
+    take_tokens,
+    token_scores,
+)
 from tests.oracle import tensors
 
 MASKS = {
@@ -88,6 +95,40 @@ def test_take():
     assert torch.equal(shared[1], x[0, :, kept[1]])
 
 
+def pooled_by_hand(x, count, real):
+    """The runs' ends and means of one row x [S, H], padding behind the real tokens."""
+    first, *inner, last = real if len(real) > 1 else [None, *real]
+    runs = [] if first is None or count < 2 else [[first]]
+    wanted = min(count - 2, len(inner))
+    for i in range(wanted):
+        ends = (math.ceil(j * len(inner) / wanted) for j in (i, i + 1))
+        runs.append(inner[slice(*ends)])
+    return [run[-1] for run in runs] + [last], [x[run].mean(0) for run in runs] + [
+        x[last]
+    ]
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("count", range(1, 8))
+def test_pool_averages_runs_of_neighbours(name, count):
+    x, mask = torch.randn(2, 7, 5, dtype=torch.float64), mask_of(name)
+    kept = pool_places(x, count, mask)
+    actual = pool_tokens(x, kept, mask)
+    for b in range(2):
+        real = [i for i in range(7) if mask is None or mask[b, i]]
+        ends, means = pooled_by_hand(x[b], count, real)
+        padding = [i for i in range(7) if i not in real][: count - len(ends)]
+        wanted = dict(zip(ends, means, strict=True)) | {i: x[b, i] for i in padding}
+        assert kept[b].tolist() == sorted(wanted)
+        expected = torch.stack([wanted[i] for i in sorted(wanted)])
+        torch.testing.assert_close(actual[b], expected)
+
+
+def test_pool_of_everything_is_exact():
+    x, mask = torch.randn(2, 7, 5), mask_of("holes")
+    assert torch.equal(pool_tokens(x, pool_places(x, 7, mask), mask), x)
+
+
 def test_spread_scores_are_even_and_repeat():
     x = torch.randn(2, 4096, 1)
     first, other = spread_scores(x, 0), spread_scores(x, 1)
@@ -98,15 +139,20 @@ def test_spread_scores_are_even_and_repeat():
     assert abs(float(torch.corrcoef(torch.stack((first[0], other[0])))[0, 1])) < 0.05
 
 
-@pytest.mark.parametrize("name", ["token_scores", "keep_tokens", "take_tokens"])
+@pytest.mark.parametrize(
+    "name",
+    ["token_scores", "keep_tokens", "take_tokens", "pool_places", "pool_tokens"],
+)
 def test_are_operators(name):
     q, k, _ = tensors(6, 2, 7, 7, 16, batch=2)
     mask = mask_of("left")
-    scores = token_scores(q, k, mask, 0.3)
+    scores, x = token_scores(q, k, mask, 0.3), torch.randn(2, 7, 5)
     args = {
         "token_scores": (q, k, mask, 0.3),
         "keep_tokens": (scores, 4, mask),
         "take_tokens": (q, keep_tokens(scores, 4, mask), 2),
+        "pool_places": (x, 4, mask),
+        "pool_tokens": (x, pool_places(x, 4, mask), mask),
     }[name]
     op = getattr(torch.ops.graphopt, name).default
     assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}

@@ -15,6 +15,7 @@ from graphopt.errors import ConfigError
 from graphopt.graph_diff import reports_of
 from graphopt.ops.tokens import spread_scores
 from graphopt.passes.tokens.schedule import DropPoint, steps
+from graphopt.search.runner import configured
 from tests.models import TINY, padding_mask, token_ids
 
 LAYERS = 6
@@ -72,6 +73,18 @@ def even_places(n, count):
     return [i for i in range(n) if (i + 1) * count // n > i * count // n]
 
 
+def runs_by_hand(n, count):
+    """The first token, its followers in even runs, the last token; places of each."""
+    if count >= n:
+        return [[i] for i in range(n)]
+    inner, runs, found = n - 2, count - 2, [[]]
+    for i in range(1, inner + 1):
+        found[-1].append(i)
+        if i * runs // inner > (i - 1) * runs // inner:
+            found.append([])
+    return [[0], *found[:-1], [n - 1]]
+
+
 @torch.no_grad()
 def row_by_hand(model, ids, places, tokens, method):
     """Logits of a row's last token: its real tokens lie at ``places`` of ``tokens``."""
@@ -90,6 +103,11 @@ def row_by_hand(model, ids, places, tokens, method):
             continue
         count = -(-(plan[index].keep.numerator * count) // plan[index].keep.denominator)
         kept_count = min(n, count)
+        if method == "pool":
+            runs = runs_by_hand(n, count)
+            hidden = torch.stack([hidden[:, run].mean(1) for run in runs], 1)
+            alive = alive[[run[-1] for run in runs]]
+            continue
         if method == "uniform":
             kept = even_places(n, count) if count < n else list(range(n))
         else:
@@ -134,6 +152,27 @@ def test_equals_the_layers_on_the_kept_tokens(method, kind):
         # Rotary angles are float32, also in a float64 model.
         torch.testing.assert_close(out.logits[:, 0], expected, rtol=1e-4, atol=1e-5)
     assert len(graphopt.last_reports()) == before + 1
+
+
+def test_pooling_equals_the_layers_on_the_means():
+    """The same, of the rewritten graph itself: it runs without Inductor."""
+    model = model_of()
+    twin, captures = eager(model), []
+    edit = configured(f"structured-mask,token-drop{{method=pool,{THREE}}}")
+
+    def backend(gm, inputs):
+        captures.append(gm)
+        edit(gm)
+        return gm
+
+    fast = torch.compile(model, backend=backend, dynamic=True)
+    for tokens, shortest in ((40, 31), (23, 5), (64, 64)):
+        ids, mask = token_ids(2, tokens), padding_mask([tokens, shortest], tokens)
+        with torch.no_grad():
+            out = fast(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        expected = by_hand(twin, ids, mask, "pool")
+        torch.testing.assert_close(out.logits[:, 0], expected, rtol=1e-4, atol=1e-5)
+    assert len(captures) == 1
 
 
 def test_without_padding_and_with_one_fixed_length():
@@ -201,6 +240,22 @@ def test_graph_diff(graph_diff, name):
         layer=1,
         use_cache=False,
         logits_to_keep=1,
+        **inputs,
+    )
+
+
+def test_graph_diff_of_pooling(graph_diff):
+    config = "token-drop{method=pool,schedule=[{layer=0,keep=0.5}]}"
+    inputs = {
+        "input_ids": token_ids(2, 20),
+        "attention_mask": padding_mask([20, 15], 20),
+    }
+    options = {"layer": 0, "use_cache": False, "logits_to_keep": 1}
+    graph_diff(
+        TINY["llama"](),
+        f"structured-mask,{config}",
+        "token-drop-pool",
+        **options,
         **inputs,
     )
 

@@ -27,12 +27,13 @@ class Drop:
     """Behind layer ``layer`` the share ``keep`` of the tokens that reach it stays.
 
     ``scores`` [B, S] is a node of scores of the tokens that reach the layer; None takes
-    tokens at equal distances.
+    tokens at equal distances. ``pool`` averages neighbours into that many instead.
     """
 
     layer: int
     keep: Fraction
     scores: fx.Node | None
+    pool: bool = False
 
 
 def attention_scores(model: ModelGraph, layer: Layer) -> fx.Node:
@@ -56,7 +57,8 @@ def drop_tokens(model: ModelGraph, drop: Drop) -> None:
 
     Drops of one graph are made from the deepest layer to the first: then what is behind
     a drop follows the earlier one, its counts too. Kept tokens stay in their order and
-    keep their positions: cosines, sines and masks are gathered with them.
+    keep their positions: cosines, sines and masks are gathered with them. A token that
+    is a mean of several has the position of the last of them.
     """
     layer, graph = model.layers[drop.layer], model.gm.graph
     stream = _stream(layer)
@@ -67,7 +69,13 @@ def drop_tokens(model: ModelGraph, drop: Drop) -> None:
     crossing = _crossing(model, point)
     with graph.inserting_before(point):
         kept = _kept(graph, layer, drop)
-        gathered = {node: _taken(model, node, kept) for node in crossing}
+        gathered = {}
+        for node in crossing:
+            if drop.pool and node is stream:
+                args = (stream, kept, key_mask_of(graph, layer.attention))
+                gathered[node] = call(graph, _ops.pool_tokens.default, args)
+            else:
+                gathered[node] = _taken(model, node, kept)
     substitute_tokens(model, gathered)
 
 
@@ -76,6 +84,8 @@ def _kept(graph: fx.Graph, layer: Layer, drop: Drop) -> fx.Node:
     stream, scores = _stream(layer), drop.scores
     mask = key_mask_of(graph, layer.attention)
     count = _count(graph, stream, drop.keep)
+    if drop.pool:
+        return call(graph, _ops.pool_places.default, (stream, count, mask))
     even = scores is None
     if scores is None:
         scores = call(graph, _ops.spread_scores.default, (stream, 0))
