@@ -1,4 +1,4 @@
-"""The predicted cost of an attention of a decoding step, before and after passes."""
+"""The predicted cost of one attention site of a decoding step."""
 
 from __future__ import annotations
 
@@ -10,22 +10,13 @@ from graphopt.ir.attention.pages import PagedSite
 from graphopt.ir.attention.site import AttentionSite
 
 
-def step_figures(
-    before: AttentionSite, after: AttentionSite, tokens: int, copied: bool
-) -> dict[str, Any]:
-    """Return patterns, MFLOP and MB of a site with ``tokens`` in the cache, batch 1.
+def step_figures(site: AttentionSite, tokens: int, copied: bool) -> dict[str, Any]:
+    """Return pattern, MFLOP and MB of a site with ``tokens`` in the cache, batch 1.
 
-    ``copied``: whether the unrewritten site reads a copy of the cache.
+    ``copied``: whether a site that reads no pages reads a copy of the cache.
     """
-    old, new = (_cost(site, copied).at(1, tokens) for site in (before, after))
-    return {
-        "pattern_before": before.pattern,
-        "pattern_after": after.pattern,
-        "mflop_before": old[0] / 1e6,
-        "mflop_after": new[0] / 1e6,
-        "mb_before": old[1] / 1e6,
-        "mb_after": new[1] / 1e6,
-    }
+    flops, moved = _cost(site, copied).at(1, tokens)
+    return {"pattern": site.pattern, "mflop": flops / 1e6, "mb": moved / 1e6}
 
 
 def _cost(site: AttentionSite, copied: bool) -> Cost:

@@ -21,6 +21,9 @@ def explain(
     code: Annotated[
         bool, typer.Option("--code", help="Emit the kernels and print their paths.")
     ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="A prefill that keeps no keys.")
+    ] = False,
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
@@ -38,7 +41,7 @@ def explain(
     parse_options({"config": config})
     with progress(f"loading {model} and tracing it at {tokens} tokens"):
         loaded = load(model, dtype_of(dtype))
-        traced = trace(loaded.model, config, tokens)
+        traced = trace(loaded.model, config, tokens, use_cache=not no_cache)
     wanted = (traced.kernels, traced.device, traced.reads_pages)
     paths = emit_kernels(*wanted) if code else []
     kernels = [str(path) for path in paths]
@@ -53,8 +56,10 @@ def explain(
 
 def _as_dict(traced: Traced, tokens: int, kernels: list[str]) -> dict[str, Any]:
     graphs = [
-        {**report.as_dict(), "cost": cost}
-        for report, cost in zip(traced.reports, traced.costs, strict=True)
+        {**report.as_dict(), "cost": cost, "layers": layers}
+        for report, cost, layers in zip(
+            traced.reports, traced.costs, traced.layers, strict=True
+        )
     ]
     return {"tokens": tokens, "graphs": graphs, "kernels": kernels}
 
@@ -69,14 +74,17 @@ def _print_graph(traced: Traced, index: int, tokens: int) -> None:
     remarks = [{n: getattr(r, n) for n in names} for r in report.all_remarks()]
     _print_rows("remarks", merged(remarks, "site"))
     if cost:
-        rows = [*merged(cost, "site"), _total(cost)]
         what = "a step" if report.kind == "decode" else "attention"
-        _print_rows(f"{what} at {tokens} tokens, predicted; each", rows)
+        _print_cost(f"{what} at {tokens} tokens, predicted; each", cost, "site")
+    if layers := traced.layers[index]:
+        title = f"prefill of {tokens} tokens, predicted; each layer, attention included"
+        _print_cost(title, layers, "layer")
 
 
-def _total(cost: list[dict[str, Any]]) -> dict[str, Any]:
-    keys = [key for key in cost[0] if isinstance(cost[0][key], float)]
-    return {"site": "all", **{key: sum(row[key] for row in cost) for key in keys}}
+def _print_cost(title: str, rows: list[dict[str, Any]], name: str) -> None:
+    keys = [key for key in rows[0] if isinstance(rows[0][key], float)]
+    total = {name: "all", **{key: sum(row[key] for row in rows) for key in keys}}
+    _print_rows(title, [*merged(rows, name), *([total] if len(rows) > 1 else [])])
 
 
 def merged(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

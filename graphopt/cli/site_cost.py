@@ -1,4 +1,4 @@
-"""The predicted cost of one attention site, before and after the passes."""
+"""The predicted cost of one attention site of a prefill."""
 
 from __future__ import annotations
 
@@ -11,18 +11,13 @@ from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.match import argument
 
 
-def site_figures(
-    before: AttentionSite, after: AttentionSite, tokens: int
-) -> dict[str, Any]:
-    """Return patterns, GFLOP and MB of a site for a prefill of ``tokens``, batch 1."""
-    old, new = _visited(before, tokens), _visited(after, tokens)
+def site_figures(site: AttentionSite, tokens: int) -> dict[str, Any]:
+    """Return pattern, GFLOP and MB of a site for a prefill of ``tokens``, batch 1."""
+    visited = _visited(site, tokens)
     return {
-        "pattern_before": _label(before, old),
-        "pattern_after": _label(after, new),
-        "gflop_before": _flops(before, old, tokens) / 1e9,
-        "gflop_after": _flops(after, new, tokens) / 1e9,
-        "mb_before": _bytes(before, tokens) / 1e6,
-        "mb_after": _bytes(after, tokens) / 1e6,
+        "pattern": _label(site, visited),
+        "gflop": _flops(site, visited, tokens) / 1e9,
+        "mb": _bytes(site, tokens) / 1e6,
     }
 
 

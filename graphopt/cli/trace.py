@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from graphopt.backend import rewrite
 from graphopt.cli.decode_cost import step_figures
 from graphopt.cli.kernels import kernel_spec
+from graphopt.cli.layer_cost import SizesAt, layer_costs
 from graphopt.cli.site_cost import site_figures
 from graphopt.codegen.triton.spec import AttentionSpec
 from graphopt.errors import GraphoptError, ModelError
@@ -31,18 +32,22 @@ from graphopt.runtime.cache import Cache, wanted_by
 
 @dataclass
 class Traced:
-    """The report of each graph, and the predicted cost of each of its sites."""
+    """The report of each graph, and the predicted cost of its sites and layers."""
 
     reports: list[CompileReport] = field(default_factory=list)
     costs: list[list[dict[str, Any]]] = field(default_factory=list)
+    layers: list[list[dict[str, Any]]] = field(default_factory=list)
     kernels: set[AttentionSpec] = field(default_factory=set)
     reads_pages: bool = False
     device: str = "cpu"
 
 
-def trace(model: torch.nn.Module, config: str | None, tokens: int) -> Traced:
+def trace(
+    model: torch.nn.Module, config: str | None, tokens: int, use_cache: bool = True
+) -> Traced:
     """Return what graphopt makes of a prefill of ``tokens`` tokens, batch 1.
 
+    ``use_cache`` keeps keys and values, where the model can generate.
     Raises ConfigError for the config and ModelError when Dynamo cannot trace the model.
     """
     found = Traced(device="cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +57,10 @@ def trace(model: torch.nn.Module, config: str | None, tokens: int) -> Traced:
     compiled = torch.compile(model, backend=backend, dynamic=True)
     try:
         with _fake_mode(), torch.no_grad():
-            _run(compiled, example_inputs(model, tokens), config)
+            inputs = example_inputs(model, tokens)
+            if "use_cache" in inputs:
+                inputs["use_cache"] = use_cache
+            _run(compiled, inputs, config)
     except (TorchDynamoException, RuntimeError, ValueError, TypeError) as error:
         inner = getattr(error, "inner_exception", None)
         if isinstance(inner, GraphoptError):
@@ -103,29 +111,58 @@ def _recorder(
     found: Traced, options: BackendOptions, tokens: int
 ) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        before = {s.index: s for s in ModelGraph(gm).attention}
-        copied = {i for i, site in before.items() if read_of(site) is not None}
+        model = ModelGraph(gm)
+        at = SizesAt(model, tokens)
+        copied = {s.index for s in model.attention if read_of(s) is not None}
+        # Before the passes: they may write other sizes into the nodes of these sites.
+        costs, layers = _costs(model, at, copied), _layer_costs(model, at)
         report, _ = rewrite(gm, options)
-        after = {s.index: s for s in ModelGraph(gm).attention}
-        rewritten = [s for s in after.values() if s.form == "op"]
+        after = ModelGraph(gm)
+        rewritten = [s for s in after.attention if s.form == "op"]
         found.reads_pages |= any(isinstance(s, PagedSite) for s in rewritten)
         found.kernels |= {
             kernel_spec(s) for s in rewritten if not isinstance(s, PagedSite)
         }
         found.reports.append(report)
-        costs = [
-            {"site": f"attention[{i}]", **_figures(s, after.get(i, s), tokens, copied)}
-            for i, s in before.items()
-        ]
-        found.costs.append(costs)
+        found.costs.append(_beside(costs, _costs(after, at, copied), "site"))
+        found.layers.append(_beside(layers, _layer_costs(after, at), "layer"))
         return gm.forward
 
     return backend
 
 
-def _figures(
-    before: AttentionSite, after: AttentionSite, tokens: int, copied: set[int]
-) -> dict[str, Any]:
-    if statically_known_true(before.query_len == 1):
-        return step_figures(before, after, tokens, before.index in copied)
-    return site_figures(before, after, tokens)
+def _costs(model: ModelGraph, at: SizesAt, copied: set[int]) -> list[dict[str, Any]]:
+    return [
+        {"site": f"attention[{site.index}]", **_figures(site, at, copied)}
+        for site in model.attention
+    ]
+
+
+def _figures(site: AttentionSite, at: SizesAt, copied: set[int]) -> dict[str, Any]:
+    if statically_known_true(site.query_len == 1):
+        return step_figures(site, at.tokens, site.index in copied)
+    return site_figures(site, at.of(site.query_len))
+
+
+def _layer_costs(model: ModelGraph, at: SizesAt) -> list[dict[str, Any]]:
+    return [] if model.kind in ("decode", "unknown") else layer_costs(model, at)
+
+
+def _beside(
+    before: list[dict[str, Any]], after: list[dict[str, Any]], name: str
+) -> list[dict[str, Any]]:
+    """Return rows with each figure before and after; ``name`` says what a row is of.
+
+    What the passes took out of the graph costs as before.
+    """
+    left = {row[name]: row for row in after}
+    return [
+        {name: row[name]}
+        | {
+            f"{key}_{when}": side[key]
+            for key in row
+            if key != name
+            for when, side in (("before", row), ("after", left.get(row[name], row)))
+        }
+        for row in before
+    ]

@@ -72,6 +72,22 @@ def test_explain_shows_the_step_that_reads_pages(llama):
     assert any("page_attention" in path for path in found["kernels"])
 
 
+def test_explain_counts_the_tokens_that_live_at_each_layer(llama):
+    config = "structured-mask,token-drop{schedule=[{layer=0,keep=0.5}]}"
+    found = facts("explain", llama, "-c", config, "-n", "640", "--no-cache")
+    first, second, ends = found["graphs"][0]["layers"]
+    assert [row["tokens_after"] for row in (first, second)] == [640, 320]
+    # Hidden 64, two KV heads of four, FFN 128; both products of attention.
+    weights = 2 * 64 * (64 + 2 * 32 + 64 + 3 * 128)
+    causal = {n: 4 * 64 * n * (n + 1) / 2 for n in (640, 320)}
+    masked = 4 * 64 * 640**2  # a mask tensor: every pair is computed
+    for row in (first, second):
+        assert row["gflop_before"] == pytest.approx((640 * weights + masked) / 1e9)
+    assert first["gflop_after"] == pytest.approx((640 * weights + causal[640]) / 1e9)
+    assert second["gflop_after"] == pytest.approx((320 * weights + causal[320]) / 1e9)
+    assert ends["gflop_after"] == ends["gflop_before"] == 2 * 64 * 100 / 1e9
+
+
 def test_diff(llama):
     text = graphopt("diff", llama, "-c", CONFIG, "--layer", "1").stdout
     assert "+%L1.graphopt.attention" in text

@@ -19,8 +19,9 @@ from graphopt.ir.sites.norms import NormSite
 _KEEPING = (*CASTS, "dropout", "contiguous", "clone", "detach", "reshape", "flatten")
 _COMMUTING = ("mul", "imul", "mul_", "add", "iadd", "add_")  # with a scale or bias
 _SCALING = (*_COMMUTING, "div", "itruediv", "div_")
-# Operators that keep some of the tokens.
+# Operators that keep some of the tokens, or a mean of neighbours.
 SELECTING = ("getitem", "gather", "index_select", "take_along_dim", "narrow")
+SELECTING += ("graphopt.take_tokens", "graphopt.pool_tokens")
 _MAX_STEPS = 24  # between two residual adds; more than any architecture has
 
 
