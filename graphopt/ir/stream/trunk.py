@@ -20,8 +20,8 @@ _KEEPING = (*CASTS, "dropout", "contiguous", "clone", "detach", "reshape", "flat
 _COMMUTING = ("mul", "imul", "mul_", "add", "iadd", "add_")  # with a scale or bias
 _SCALING = (*_COMMUTING, "div", "itruediv", "div_")
 # Operators that keep some of the tokens, or a mean of neighbours.
-SELECTING = ("getitem", "gather", "index_select", "take_along_dim", "narrow")
-SELECTING += ("graphopt.take_tokens", "graphopt.pool_tokens")
+_OWN = ("graphopt.take_tokens", "graphopt.pool_tokens")
+SELECTING = ("getitem", "gather", "index_select", "take_along_dim", "narrow", *_OWN)
 _MAX_STEPS = 24  # between two residual adds; more than any architecture has
 
 
