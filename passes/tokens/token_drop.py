@@ -18,8 +18,11 @@ from graphopt.ir.tokens.drop import (
     returns_tokens,
     spread_scores,
 )
-from graphopt.passes.base import Pass, PassContext, PassResult, option
+from graphopt.ir.vision.span import LanguageGraph
+from graphopt.passes.base import PassContext, PassResult, option
 from graphopt.passes.tokens.schedule import DropPoint, Step, steps
+from graphopt.passes.tokens.vision import NO_VISION, drop_vision_tokens, must_points
+from graphopt.passes.tokens.vision_options import VisionOptions
 from graphopt.remarks import Remark, applied, failure, missed
 
 # What LazyLLM draws in its figure 4: a third of what is alive goes three times.
@@ -32,7 +35,7 @@ _SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenDrop(Pass):
+class TokenDrop(VisionOptions):
     """Let tokens of a prompt drop out between layers; the rest runs on fewer.
 
     Behind the layers of a schedule each prompt's tokens are ranked by the attention
@@ -44,6 +47,13 @@ class TokenDrop(Pass):
     neighbours into as many: what a method has to beat. Approximate; a schedule that
     keeps everything leaves the graph as it is. Pays where a prompt is long and only its
     last tokens' predictions are asked for.
+
+    ``must`` (MustDrop) and ``tokens = "vision"`` drop vision tokens alone, those in
+    whose places image features are written among the embeddings; shares are of them.
+    ``must`` ranks by the text behind the images: the worst are those whose sum and
+    whose maximum of its attention are lowest, each in units of its threshold. Patches
+    that the encoder's class token attends to most never go. By default it drops behind
+    the 3rd, 7th, 11th and 15th of 32 layers, or as deep in another model.
 
     Before::
 
@@ -64,6 +74,7 @@ class TokenDrop(Pass):
     - ``schedule``: it names layers that the model does not have;
     - ``cache``: keys are kept for decoding, which then would meet layers of different
       lengths;
+    - ``no-vision``: vision tokens are asked for and the graph has none;
     - ``outputs``: the graph returns something of every token (ask for the last logits
       only: ``logits_to_keep=1``);
     - ``fixed-length``: the schedule has several points and the graph was traced for one
@@ -75,10 +86,10 @@ class TokenDrop(Pass):
     name: ClassVar[str] = "token-drop"
     source: ClassVar[str] = (
         "LazyLLM (Fu et al. 2024, equation 1, without revival); FastV (Chen et al. "
-        "2024)"
+        "2024); MustDrop (Liu et al. 2024)"
     )
 
-    method: Literal["lazy", "fastv", "random", "uniform", "pool"] = option(
+    method: Literal["lazy", "fastv", "random", "uniform", "pool", "must"] = option(
         "lazy", "how tokens are ranked"
     )
     schedule: list[DropPoint] = option(
@@ -88,16 +99,22 @@ class TokenDrop(Pass):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         """Points that contradict each other in every model are an error of a config."""
+        if self.method == "pool" and self.tokens == "vision":
+            raise ValueError("method 'pool' has no tokens = 'vision'")
         if all(point.layer is not None for point in self.schedule):
             steps(self.schedule, 1 << 30)
         return self
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Insert the drops, the deepest first."""
+        language = LanguageGraph(model.gm)
+        if self._on_vision and language.span is None:
+            return PassResult(False, (missed("graph", "no-vision", NO_VISION),))
+        model = language if language.span is not None else model
         if refusal := _refusal(model):
             return PassResult(False, (missed("graph", *refusal),))
         try:
-            plan = steps(self._points(), len(model.layers))
+            plan = steps(self._points(len(model.layers)), len(model.layers))
         except ValueError as error:
             return PassResult(False, (failure("schedule", str(error)),))
         plan = [step for step in plan if step.keep < 1]
@@ -117,16 +134,24 @@ class TokenDrop(Pass):
             return PassResult(False, (missed("graph", "cannot-follow", str(error)),))
         return PassResult(True, remarks, {"sites": len(remarks)})
 
-    def _points(self) -> list[DropPoint]:
+    @property
+    def _on_vision(self) -> bool:
+        return self.method == "must" or self.tokens == "vision"
+
+    def _points(self, layers: int) -> list[DropPoint]:
+        if self.method == "must":
+            return self.schedule or must_points(layers)
         default = _FASTV if self.method == "fastv" else _LAZY
         return self.schedule or list(default)
 
     def _drop(self, model: ModelGraph, plan: list[Step]) -> tuple[Remark, ...]:
+        if self._on_vision:
+            return drop_vision_tokens(model.gm, self.method, self, plan)
         scores = self._scores(model, plan)
         for step in reversed(plan):
             pool = self.method == "pool"
             drop = Drop(step.layer, step.keep, scores[step.layer], pool)
-            drop_tokens(ModelGraph(model.gm), drop)
+            drop_tokens(type(model)(model.gm), drop)
         return tuple(
             applied(
                 f"layer[{step.layer}]",

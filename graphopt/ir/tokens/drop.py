@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -39,15 +40,15 @@ class Drop:
 def attention_scores(model: ModelGraph, layer: Layer) -> fx.Node:
     """Insert behind ``layer`` its last token's attention to each token, [B, S]."""
     site, graph = layer.attention, model.gm.graph
-    with graph.inserting_before(_stream(layer).next):
+    with graph.inserting_before(stream_behind(layer).next):
         mask = key_mask_of(graph, site)
-        args = (site.query, site.key, mask, _scale(site), site.softcap, site.window)
+        args = (site.query, site.key, mask, scale_of(site), site.softcap, site.window)
         return call(graph, _ops.token_scores.default, args)
 
 
 def spread_scores(model: ModelGraph, layer: Layer, seed: int) -> fx.Node:
     """Insert behind ``layer`` scores that depend on places alone, [B, S]."""
-    stream = _stream(layer)
+    stream = stream_behind(layer)
     with model.gm.graph.inserting_before(stream.next):
         return call(model.gm.graph, _ops.spread_scores.default, (stream, seed))
 
@@ -61,7 +62,7 @@ def drop_tokens(model: ModelGraph, drop: Drop) -> None:
     is a mean of several has the position of the last of them.
     """
     layer, graph = model.layers[drop.layer], model.gm.graph
-    stream = _stream(layer)
+    stream = stream_behind(layer)
     _ = model.symbols  # before nodes of T' go in
     point = stream.next
     if drop.scores is not None:
@@ -79,9 +80,24 @@ def drop_tokens(model: ModelGraph, drop: Drop) -> None:
     substitute_tokens(model, gathered)
 
 
+def drop_chosen(
+    model: ModelGraph, point: fx.Node, choose: Callable[[], fx.Node]
+) -> None:
+    """Go on from ``point`` with the places [B, S'] that ``choose`` inserts there.
+
+    Like `drop_tokens`, with any rule for what stays.
+    """
+    _ = model.symbols  # before nodes of T' go in
+    crossing = _crossing(model, point)
+    with model.gm.graph.inserting_before(point):
+        kept = choose()
+        gathered = {node: _taken(model, node, kept) for node in crossing}
+    substitute_tokens(model, gathered)
+
+
 def _kept(graph: fx.Graph, layer: Layer, drop: Drop) -> fx.Node:
     """Insert the places of the tokens that stay, [B, S']."""
-    stream, scores = _stream(layer), drop.scores
+    stream, scores = stream_behind(layer), drop.scores
     mask = key_mask_of(graph, layer.attention)
     count = _count(graph, stream, drop.keep)
     if drop.pool:
@@ -92,7 +108,8 @@ def _kept(graph: fx.Graph, layer: Layer, drop: Drop) -> fx.Node:
     return call(graph, _ops.keep_tokens.default, (scores, count, mask, even))
 
 
-def _scale(site: AttentionSite) -> float:
+def scale_of(site: AttentionSite) -> float:
+    """Return the scale of a site's logits; PassError where it is computed."""
     if site.scale is None:
         return float(site.head_dim**-0.5)
     known = float_of(site.scale)
@@ -101,7 +118,8 @@ def _scale(site: AttentionSite) -> float:
     return known
 
 
-def _stream(layer: Layer) -> fx.Node:
+def stream_behind(layer: Layer) -> fx.Node:
+    """Return the residual stream that leaves a layer; PassError without one."""
     if layer.output is None:
         raise PassError(f"the stream behind layer {layer.index} is no single value")
     return layer.output

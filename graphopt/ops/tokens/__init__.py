@@ -1,19 +1,28 @@
 """Operators on tokens: score them, choose those that stay, take them.
 
-All are built of plain operators and decomposed wherever they are traced. A score or an
-index is always of one batch row's own tokens.
+Built of plain operators and decomposed wherever they are traced, but for `dual_scores`,
+whose rows depend on data. A score or an index is always of one batch row's own tokens.
 """
 
+from graphopt.ops.tokens.dual_scores import dual_scores
 from graphopt.ops.tokens.keep import keep_tokens
 from graphopt.ops.tokens.pool import pool_places, pool_tokens
 from graphopt.ops.tokens.scores import spread_scores, token_scores
 from graphopt.ops.tokens.take import take_tokens
+from graphopt.ops.tokens.vision_ranks import class_keys, vision_ranks
+from graphopt.ops.tokens.windows import alike_windows, merge_windows, merged_away
 
 __all__ = [
+    "alike_windows",
+    "class_keys",
+    "dual_scores",
     "keep_tokens",
+    "merge_windows",
+    "merged_away",
     "pool_places",
     "pool_tokens",
     "spread_scores",
     "take_tokens",
     "token_scores",
+    "vision_ranks",
 ]

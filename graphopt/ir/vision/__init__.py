@@ -1,0 +1,1 @@
+"""Vision-language models: where images enter the text, and what encodes them."""
