@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -183,3 +184,37 @@ def _compiles_with(context: Any, backend: Callable[..., Any]) -> bool:
     while inner := getattr(found, "_torchdynamo_orig_backend", None):
         found = inner
     return getattr(found, "compiler_fn", found) is backend
+
+
+def new_size(like: torch.Tensor, most: Any) -> Any:
+    """Return a size from 1 to ``most`` that depends on data, for a fake result.
+
+    Dynamo allows such sizes only where its config says so; a pass that put the operator
+    in knows that the rest of the graph runs on any size. Without symbols, as when
+    sizes are tried, it is a number of that range.
+    """
+    environment = getattr(getattr(like, "fake_mode", None), "shape_env", None)
+    if environment is None:
+        return max(1, int(most) // 2)
+    size = environment.create_unbacked_symint()
+    torch._check(size >= 1)
+    torch._check(size <= most)
+    return size
+
+
+def discarding_sizes(gm: fx.GraphModule) -> Any:
+    """Return a context for inferring values: sizes that depend on data are expected.
+
+    Each run on fake tensors makes a new one, and only a tracer must account for them.
+    """
+    environment = getattr(fake_mode_of(gm), "shape_env", None)
+    if environment is None:
+        return contextlib.nullcontext()
+    return environment.ignore_fresh_unbacked_symbols()
+
+
+def is_data_symbol(symbol: Any) -> bool:
+    """Tell whether a symbol stands for a size that depends on data."""
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+    return symbol_is_type(symbol, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT))

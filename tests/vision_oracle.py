@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from graphopt.ops.tokens import spread_scores
-from tests.vision_configs import IMAGE
+from tests.vision_configs import IMAGE, SIDE
 
 
 def eager(model: nn.Module) -> Any:
@@ -101,6 +102,16 @@ class Row:
         self.first = {self.alive[i]: value for i, value in found.items()}
         return self.first
 
+    def passing(self, thresholds: tuple[float, float], keys: set[int]) -> int:
+        """Return how many tokens MustDrop's two conditions leave."""
+        seen = [i for i, p in enumerate(self.alive) if self.vision[p]]
+        text = self.paid.mean(0)[seen[-1] + 1 :][:, seen]
+        summed, most = text.sum(0), text.amax(0)
+        under = (summed < thresholds[0] * summed.sum()) & (most < thresholds[1])
+        pairs = zip(under, seen, strict=True)
+        goes = [bool(u) and self.alive[i] not in keys for u, i in pairs]
+        return len(self.alive) - sum(goes)
+
     def logits(self) -> torch.Tensor:
         """Return the prediction behind the last token, [V]."""
         return self.head(self.base.norm(self.hidden[self.alive[-1]]))
@@ -120,55 +131,130 @@ def dual(
     }
 
 
-def key_set(model: Any, pixel_values: torch.Tensor, share: float) -> torch.Tensor:
-    """Return which patches the class token attends to most, bool [N, P]."""
+def chosen_windows(
+    model: Any, pixel_values: torch.Tensor, count: int, least: float = -2.0
+) -> list[list[list[int]]]:
+    """Return the patches of the 3 x 3 windows that merge, of each image.
+
+    The ``count`` most alike behind the encoder's first layer, equally many in all
+    images: fewer where an image has fewer whose mean cosine is at least ``least``.
+    """
+    with torch.no_grad():
+        out = model.model.vision_tower(pixel_values, output_hidden_states=True)
+    corners = [(y, x) for y in range(0, SIDE - 2, 3) for x in range(0, SIDE - 2, 3)]
+    cells = [
+        [(y + i) * SIDE + x + j for i in range(3) for j in range(3)] for y, x in corners
+    ]
+    images, numbers = [], []
+    for patches in out.hidden_states[1][:, 1:]:
+        alike = []
+        for window in cells:
+            cosine = torch.nn.functional.cosine_similarity
+            pairs = [
+                cosine(patches[i], patches[j], dim=0)
+                for i in window
+                for j in window
+                if i != j
+            ]
+            alike.append(float(sum(pairs) / len(pairs)))
+        order = sorted(range(len(cells)), key=lambda w: -alike[w])
+        numbers.append(sum(value >= least for value in alike))
+        images.append([cells[w] for w in order])
+    number = min(count, *numbers)
+    return [windows[:number] for windows in images]
+
+
+@torch.no_grad()
+def merged(
+    model: Any, inputs: dict[str, Any], windows: list[list[list[int]]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return embeddings [B, S, H] with merged patches, and which places go [B, S]."""
+    ids, base = inputs["input_ids"], model.model
+    out = base.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    selected = out.hidden_states[model.config.vision_feature_layer][:, 1:].clone()
+    away = torch.zeros(selected.shape[:2], dtype=torch.bool)
+    for image, chosen in enumerate(windows):
+        for cells in chosen:
+            selected[image, cells[4]] = selected[image, cells].mean(0)
+            away[image, cells] = True
+            away[image, cells[4]] = False
+    hidden = base.get_input_embeddings()(ids)
+    hidden[ids == IMAGE] = base.multi_modal_projector(selected).flatten(0, 1)
+    gone = torch.zeros_like(ids, dtype=torch.bool)
+    gone[ids == IMAGE] = away.flatten()
+    return hidden, gone
+
+
+def key_set(
+    model: Any,
+    pixel_values: torch.Tensor,
+    share: float,
+    windows: list[list[list[int]]] | None = None,
+    of_all: bool = False,
+) -> torch.Tensor:
+    """Return which patches the class token attends to most, bool [N, P].
+
+    They are among those that merging leaves, and so many of them, or of all.
+    """
     with torch.no_grad():
         out = model.model.vision_tower(pixel_values, output_attentions=True)
     layer = model.config.vision_feature_layer  # of hidden states, embeddings first
     paid = out.attentions[layer].mean(1)[:, 0, 1:]
     found = torch.zeros_like(paid, dtype=torch.bool)
     for row, image in enumerate(paid):
-        best = image.topk(math.ceil(share * len(image))).indices
-        found[row, best] = True
+        gone = {c for w in (windows or [[]] * len(paid))[row] for c in w if c != w[4]}
+        left = [i for i in range(len(image)) if i not in gone]
+        best = sorted(left, key=lambda i: -float(image[i]))
+        number = len(image) if of_all else len(left)
+        found[row, best[: math.ceil(share * number)]] = True
     return found
+
+
+@dataclass
+class Rule:
+    """What a prompt's run does: ``plan`` are layers and the shares of the vision
+    tokens that live behind them; ``keys`` [F] marks features that never go."""
+
+    plan: Sequence[tuple[int, Fraction]]
+    method: str = "must"
+    thresholds: tuple[float, float] = (0.001, 0.001)
+    keys: torch.Tensor | None = None
+    windows: list[list[list[int]]] | None = None
+    by_threshold: bool = False
 
 
 @torch.no_grad()
 def run_rows(
-    model: Any,
-    inputs: dict[str, Any],
-    plan: Sequence[tuple[int, Fraction]],
-    method: str = "must",
-    thresholds: tuple[float, float] = (0.001, 0.001),
-    keys: torch.Tensor | None = None,
+    model: Any, inputs: dict[str, Any], rule: Rule
 ) -> tuple[torch.Tensor, list[list[int]]]:
-    """Return the last logits [B, V] and the places alive at the end, of each row.
-
-    ``plan`` are layers and the shares of the vision tokens that live behind them;
-    ``keys`` [F] marks the written features that never go.
-    """
-    ids, hidden = inputs["input_ids"], embeddings(model, inputs)
+    """Return the last logits [B, V] and the places alive at the end, of each row."""
+    ids = inputs["input_ids"]
     real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    vision = int((ids == IMAGE).sum()) // len(ids)
-    given = inputs.get("position_ids")
+    hidden, gone = embeddings(model, inputs), torch.zeros_like(real)
+    if rule.windows is not None:
+        hidden, gone = merged(model, inputs, rule.windows)
     marked = torch.zeros_like(real)
-    if keys is not None:
-        marked[ids == IMAGE] = keys
-    logits, alive = [], []
+    if rule.keys is not None:
+        marked[ids == IMAGE] = rule.keys
+    given = inputs.get("position_ids")
+    rows = []
     for row in range(len(ids)):
-        places = real[row].nonzero()[:, 0].tolist()
         positions = torch.arange(ids.shape[1]) if given is None else given[:, row]
-        one = Row(model, hidden[row], positions, ids[row], places)
-        tokens, shares = ids.shape[1], [Fraction(1), *(s for _, s in plan)]
-        kept = set(marked[row].nonzero()[:, 0].tolist())
-        behind = {layer: i for i, (layer, _) in enumerate(plan)}
-        for index in range(len(one.base.layers)):
+        places = (real[row] & ~gone[row]).nonzero()[:, 0].tolist()
+        rows.append(Row(model, hidden[row], positions, ids[row], places))
+    vision = int((ids == IMAGE).sum()) // len(ids)
+    text = ids.shape[1] - vision
+    behind = dict(rule.plan)
+    for index in range(len(rows[0].base.layers)):
+        for one in rows:
             one.layer(index)
-            if index in behind:
-                i = behind[index]
-                tokens -= math.ceil(shares[i] * vision)
-                tokens += math.ceil(shares[i + 1] * vision)
-                one.keep(tokens, method, thresholds, kept)
-        logits.append(one.logits())
-        alive.append(one.alive)
-    return torch.stack(logits), alive
+        if index not in behind:
+            continue
+        keys = [set(line.nonzero()[:, 0].tolist()) for line in marked]
+        count = text + math.ceil(behind[index] * vision)
+        if rule.by_threshold:
+            pairs = zip(rows, keys, strict=True)
+            count = max(one.passing(rule.thresholds, kept) for one, kept in pairs)
+        for one, kept in zip(rows, keys, strict=True):
+            one.keep(count, rule.method, rule.thresholds, kept)
+    return torch.stack([one.logits() for one in rows]), [one.alive for one in rows]

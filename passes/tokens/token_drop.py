@@ -51,9 +51,15 @@ class TokenDrop(VisionOptions):
     ``must`` (MustDrop) and ``tokens = "vision"`` drop vision tokens alone, those in
     whose places image features are written among the embeddings; shares are of them.
     ``must`` ranks by the text behind the images: the worst are those whose sum and
-    whose maximum of its attention are lowest, each in units of its threshold. Patches
-    that the encoder's class token attends to most never go. By default it drops behind
-    the 3rd, 7th, 11th and 15th of 32 layers, or as deep in another model.
+    whose maximum of its attention are lowest, each in units of its threshold. By
+    default it drops behind the 3rd, 7th, 11th and 15th of 32 layers, or as deep in
+    another model. With ``mode = "threshold"`` what is under both goes, a point's share
+    means nothing, and the number is known as the model runs: the row of a batch that
+    keeps most sets it. By count every row loses as many; one that has no such number of
+    vision tokens and padding is a RuntimeError, as text never goes. Where the encoder
+    of the images is in the graph and has a class token, the patches that it attends to
+    most never go, and windows of patches that are alike become one; a remark says where
+    that is off.
 
     Before::
 

@@ -8,16 +8,18 @@ from typing import Any
 
 from torch import fx
 
+from graphopt.errors import PassError
 from graphopt.ir.tokens.drop import attention_scores, spread_scores
 from graphopt.ir.tokens.vision_drop import (
     VisionDrop,
     VisionTokens,
     count_vision,
+    drop_before_layers,
     drop_vision,
     dual_scores,
 )
 from graphopt.ir.vision.span import LanguageGraph
-from graphopt.ir.vision.stage import Stage, encoder_stage
+from graphopt.ir.vision.stage import Stage, StageRule, encoder_stage
 from graphopt.passes.tokens.schedule import DropPoint, Step
 from graphopt.passes.tokens.vision_options import VisionOptions
 from graphopt.remarks import Remark, applied
@@ -52,26 +54,46 @@ def drop_vision_tokens(
     PassError where the graph cannot follow: the caller keeps a copy.
     """
     model = LanguageGraph(gm)
-    stage = Stage()
-    if method == "must":
-        stage = encoder_stage(model, options.key_share)
+    by_data = method == "must" and options.mode == "threshold"
+    stage = (
+        encoder_stage(model, _rule(options, by_data)) if method == "must" else Stage()
+    )
     tokens = count_vision(model, stage.protected)
     scores = _scores(model, method, options, plan, tokens)
-    shares = [Fraction(1), *(step.alive for step in plan)]
-    for step, (before, after) in reversed(
-        list(zip(plan, pairwise(shares), strict=True))
-    ):
-        drop = VisionDrop(step.layer, before, after, scores[step.layer])
+    bound = 1.0 if by_data else None  # scores are in units of the thresholds
+    for step, (before, after) in reversed(_shares(plan, stage.merged)):
+        drop = VisionDrop(step.layer, before, after, scores[step.layer], bound)
         drop_vision(LanguageGraph(gm), tokens, drop)
-    remarks = [
-        applied(
-            f"layer[{step.layer}]",
-            f"{float(step.alive):.3g} of the vision tokens live behind it",
-            alive=float(step.alive),
+    if stage.gone is not None:
+        drop_before_layers(LanguageGraph(gm), tokens, stage.gone, stage.merged)
+    return (*stage.remarks, *(_said(step, by_data) for step in plan))
+
+
+def _rule(options: VisionOptions, by_data: bool) -> StageRule:
+    if by_data:
+        return StageRule(options.key_share, similarity=options.similarity)
+    return StageRule(options.key_share, options.merge_share)
+
+
+def _shares(
+    plan: list[Step], merged: Fraction | None
+) -> list[tuple[Step, tuple[Fraction, Fraction]]]:
+    """Return the shares of the vision tokens before and behind each step."""
+    shares = [1 - (merged or Fraction(0)), *(step.alive for step in plan)]
+    if shares[1] > shares[0]:
+        raise PassError(
+            f"merging leaves {float(shares[0]):.3g} of the vision tokens, and behind "
+            f"layer {plan[0].layer} {float(shares[1]):.3g} are to live"
         )
-        for step in plan
-    ]
-    return (*stage.remarks, *remarks)
+    return list(zip(plan, pairwise(shares), strict=True))
+
+
+def _said(step: Step, by_data: bool) -> Remark:
+    where, alive = f"layer[{step.layer}]", float(step.alive)
+    if by_data:
+        return applied(where, "vision tokens under both thresholds go behind it")
+    text = f"{alive:.3g} of the vision tokens live behind it"
+    return applied(where, text, alive=alive)
 
 
 def _scores(
@@ -87,7 +109,7 @@ def _scores(
     if method == "lazy":
         return {i: attention_scores(model, layer) for i, layer in layers.items()}
     if method == "must":
-        both = (options.global_threshold, options.individual_threshold)
+        both = options.thresholds
         return {i: dual_scores(model, la, tokens, both) for i, la in layers.items()}
     first = layers[plan[0].layer]
     once = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 
 from graphopt.backend import rewrite
 from graphopt.options import parse_options
+from tests.models import capture, copy_graph
 from tests.vision_configs import IMAGE, PATCHES, encoded, pixels, prompt, vision_model
-from tests.vision_oracle import eager, key_set, run_rows
+from tests.vision_oracle import Rule, chosen_windows, eager, key_set, run_rows
 
 PLAN = [(0, Fraction(3, 5)), (2, Fraction(1, 5))]
 POINTS = "schedule=[{layer=0,keep=0.6},{layer=2,keep=0.2}]"
+VOCABULARY = 100
 ASKED = {"use_cache": False, "logits_to_keep": 1}
 
 
@@ -24,82 +27,189 @@ def one_graph(monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
 
 
-class Rewritten:
-    """A model whose rewritten graphs run eagerly; ``remarks`` of its passes."""
+@functools.cache
+def model_of(name="llava"):
+    model = vision_model(name)
+    return model, eager(model)
 
-    def __init__(self, model, config, dynamic=True):
-        self.remarks: list[Any] = []
+
+def warm(model, inputs):
+    """Let transformers install its hooks, which would break the graph."""
+    with torch.no_grad():
+        return model(**inputs, **ASKED).logits[:, 0]
+
+
+@functools.cache
+def llava():
+    """The inputs of a padded batch, the dense logits and the graph."""
+    inputs = {**prompt([60, 52], [[5], [3]], PATCHES), "pixel_values": pixels(2)}
+    dense = warm(model_of()[0], inputs)
+    (graph,) = capture(model_of()[0], **inputs, **ASKED)
+    captured = logits_of(graph, graph.meta["arguments"])
+    close(captured, dense)
+    return inputs, captured, graph
+
+
+def rewritten(graph, config):
+    """Run the passes on a copy; return the last logits and the pass's remarks."""
+    gm = copy_graph(graph)
+    report, _ = rewrite(gm, parse_options({"config": config}))
+    remarks = [r for p in report.records for r in p.remarks]
+    remarks = [r for r in remarks if r.pass_name == "token-drop"]
+    logits = logits_of(gm, graph.meta["arguments"])
+    return logits, {(r.kind, r.code) for r in remarks}
+
+
+def logits_of(gm, arguments):
+    with torch.no_grad():
+        outputs = gm(*arguments)
+    return next(o for o in outputs if o.shape[-1] == VOCABULARY)[:, 0]
+
+
+def must(options="", points=POINTS):
+    return f"structured-mask,token-drop{{method=must,{options}{points}}}"
+
+
+def close(actual, expected):
+    # Rotary angles are float32, also in a float64 model.
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_must_keeps_what_the_eager_filter_keeps():
+    inputs, _, graph = llava()
+    keys = key_set(model_of()[1], inputs["pixel_values"], 0.08).flatten()
+    expected, _ = run_rows(model_of()[1], inputs, Rule(PLAN, keys=keys))
+    out, codes = rewritten(graph, must())
+    close(out, expected)
+    assert codes == {("applied", "rewritten"), ("analysis", "key-set")}
+    without, _ = run_rows(model_of()[1], inputs, Rule(PLAN))
+    assert not torch.allclose(without, expected)  # the key set matters here
+    close(rewritten(graph, must("key_share=0.0,"))[0], without)
+
+
+@pytest.mark.parametrize("method", ["fastv", "random", "uniform"])
+def test_baselines_on_vision_tokens(method):
+    inputs, _, graph = llava()
+    expected, _ = run_rows(model_of()[1], inputs, Rule(PLAN, method))
+    config = f"structured-mask,token-drop{{method={method},tokens=vision,{POINTS}}}"
+    close(rewritten(graph, config)[0], expected)
+
+
+def test_merged_windows():
+    inputs, _, graph = llava()
+    twin, images = model_of()[1], inputs["pixel_values"]
+    plan = [(0, Fraction(1, 2)), (2, Fraction(1, 5))]
+    windows = chosen_windows(twin, images, 2)
+    assert [len(image) for image in windows] == [2, 2]
+    keys = key_set(twin, images, 0.08, windows).flatten()
+    expected, _ = run_rows(twin, inputs, Rule(plan, keys=keys, windows=windows))
+    points = "schedule=[{layer=0,keep=0.5},{layer=2,keep=0.2}]"
+    out, codes = rewritten(graph, must("merge_share=0.5,", points))
+    close(out, expected)
+    assert ("analysis", "merged") in codes
+    _, codes = rewritten(graph, must("merge_share=0.5,"))
+    assert codes == {("missed", "cannot-follow")}  # 20 of 36 are left, 22 are to live
+
+
+@pytest.mark.parametrize("bounds", [(0.03, 0.1), (0.04, 0.3)])
+def test_thresholds(bounds):
+    """The number of tokens depends on data: the row that keeps most sets it."""
+    inputs, _, graph = llava()
+    twin, images = model_of()[1], inputs["pixel_values"]
+    windows = chosen_windows(twin, images, PATCHES, 0.02)
+    assert [len(image) for image in windows] == [1, 1]
+    keys = key_set(twin, images, 0.08, windows, of_all=True).flatten()
+    rule = Rule(PLAN, thresholds=bounds, keys=keys, windows=windows, by_threshold=True)
+    expected, alive = run_rows(twin, inputs, rule)
+    assert len(alive[0]) < 60 - 8  # more than the merged went
+    both = "global_threshold={},individual_threshold={},".format(*bounds)
+    out, _ = rewritten(graph, must(f"mode=threshold,similarity=0.02,{both}"))
+    close(out, expected)
+
+
+def test_thresholds_of_zero_let_nothing_go():
+    _, dense, graph = llava()
+    options = "mode=threshold,individual_threshold=0.0,similarity=1.0,"
+    out, codes = rewritten(graph, f"token-drop{{method=must,{options}{POINTS}}}")
+    assert ("applied", "rewritten") in codes
+    assert torch.equal(out, dense)
+
+
+@pytest.mark.parametrize("options", ["method=must", "tokens=vision"])
+def test_a_share_of_one_leaves_the_graph(options):
+    _, dense, graph = llava()
+    config = f"token-drop{{{options},schedule=[{{layer=1,keep=1.0}}]}}"
+    out, codes = rewritten(graph, config)
+    assert torch.equal(out, dense)
+    assert codes == {("missed", "keeps-all")}
+
+
+def test_methods_on_all_tokens_find_the_language_model():
+    _, dense, graph = llava()
+    out, codes = rewritten(graph, "token-drop{schedule=[{layer=1,keep=0.5}]}")
+    assert codes == {("applied", "rewritten")}
+    assert not torch.allclose(out, dense)
+
+
+class Compiled:
+    """A model whose rewritten graphs run eagerly."""
+
+    def __init__(self, model, config):
         self.graphs: list[Any] = []
         self.options = parse_options({"config": config})
         torch._dynamo.reset()
-        self.compiled = torch.compile(model, backend=self._backend, dynamic=dynamic)
+        self.compiled = torch.compile(model, backend=self._backend, dynamic=True)
 
     def _backend(self, gm, examples):
-        report, _ = rewrite(gm, self.options)
-        self.remarks += [r for p in report.records for r in p.remarks]
-        self.graphs.append(gm)
+        self.graphs.append(rewrite(gm, self.options)[0])
         return gm.forward
 
     def __call__(self, **inputs):
         with torch.no_grad():
             return self.compiled(**inputs, **ASKED).logits[:, 0]
 
-    def codes(self):
-        return {(r.kind, r.code) for r in self.remarks if r.pass_name == "token-drop"}
-
-
-def warm(model, **inputs):
-    """Let transformers install its hooks, which would break the graph."""
-    with torch.no_grad():
-        model(**inputs, **ASKED)
-
-
-@pytest.mark.parametrize("method", ["must", "fastv", "random", "uniform"])
-def test_equals_the_layers_on_the_kept_tokens(method):
-    model = vision_model("llava")
-    twin = eager(model)
-    config = f"structured-mask,token-drop{{method={method},tokens=vision,{POINTS}}}"
-    rows = prompt([60, 52], [[5], [3]], PATCHES)
-    inputs = {**rows, "pixel_values": pixels(2)}
-    warm(model, **inputs)
-    fast = Rewritten(model, config)
-    out = fast(**inputs)
-    keys = key_set(twin, inputs["pixel_values"], 0.08).flatten()
-    expected, _ = run_rows(
-        twin, inputs, PLAN, method, keys=keys if method == "must" else None
-    )
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    assert len(fast.graphs) == 1
-
 
 def test_one_graph_for_every_length_and_several_images():
-    model = vision_model("llava")
-    twin = eager(model)
-    fast = Rewritten(model, f"structured-mask,token-drop{{method=must,{POINTS}}}")
+    model, twin = model_of()
+    fast = Compiled(model, must())
     for lengths, images in (
         ([120, 101], [[5, 60], [3, 50]]),
         ([90, 90], [[0, 36], [10, 50]]),
     ):
         inputs = {**prompt(lengths, images, PATCHES), "pixel_values": pixels(4)}
-        warm(model, **inputs)
+        warm(model, inputs)
         keys = key_set(twin, inputs["pixel_values"], 0.08).flatten()
-        expected, _ = run_rows(twin, inputs, PLAN, keys=keys)
-        torch.testing.assert_close(fast(**inputs), expected, rtol=1e-4, atol=1e-5)
+        expected, _ = run_rows(twin, inputs, Rule(PLAN, keys=keys))
+        close(fast(**inputs), expected)
     assert len(fast.graphs) == 1
+
+
+def test_text_never_goes():
+    """Rows with less vision tokens than are to go are an error, not a silent cut."""
+    model, _ = model_of()
+    inputs = {**prompt([90, 90], [[5, 45], []], PATCHES), "pixel_values": pixels(2)}
+    warm(model, inputs)
+    (graph,) = capture(model, **inputs, **ASKED)
+    with pytest.raises(RuntimeError, match="fewer vision tokens"):
+        rewritten(graph, must(points="schedule=[{layer=1,keep=0.2}]"))
+    options = "mode=threshold,similarity=1.0,global_threshold=0.04,"
+    out, _ = rewritten(graph, must(f"{options}individual_threshold=0.3,"))
+    assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_vl"])
 def test_images_that_were_encoded_before(name):
     """What reaches the graph are features, of any number of tokens."""
-    model, vision = vision_model(name), 30
+    (model, twin), vision = model_of(name), 30
     rows = prompt([50, 44], [[5], [3]], vision)
     if name == "qwen2_vl":
         rows["position_ids"] = spatial_positions(rows, vision)
     inputs = {**rows, **encoded(2, vision)}
-    fast = Rewritten(model, f"structured-mask,token-drop{{method=must,{POINTS}}}")
-    expected, _ = run_rows(eager(model), inputs, PLAN)
-    torch.testing.assert_close(fast(**inputs), expected, rtol=1e-4, atol=1e-5)
-    assert ("analysis", "no-key-set") in fast.codes()
+    (graph,) = capture(model, **inputs, **ASKED)
+    expected, _ = run_rows(twin, inputs, Rule(PLAN))
+    out, codes = rewritten(graph, must())
+    close(out, expected)
+    assert ("analysis", "no-encoder-stage") in codes
 
 
 def spatial_positions(rows, vision):
@@ -117,46 +227,11 @@ def spatial_positions(rows, vision):
     return places
 
 
-def test_nothing_goes_where_a_threshold_is_zero():
-    inputs = {**prompt([60], [[5]], PATCHES), "pixel_values": pixels(1)}
-    model = vision_model("llava")
-    warm(model, **inputs)
-    for config in (
-        "token-drop{method=must,schedule=[{layer=1,keep=1.0}]}",
-        "token-drop{tokens=vision,schedule=[{layer=1,keep=1.0}]}",
-    ):
-        fast = Rewritten(model, config)
-        with torch.no_grad():
-            dense = model(**inputs, **ASKED).logits[:, 0]
-        assert torch.equal(fast(**inputs), dense)
-        assert fast.codes() == {("missed", "keeps-all")}
-
-
 def test_prompts_without_images_stay_as_they_are():
-    model, rows = vision_model("llava"), prompt([20], [[]], 0)
-    warm(model, **rows)
-    fast = Rewritten(model, "token-drop{method=must}")
-    with torch.no_grad():
-        dense = model(**rows, **ASKED).logits[:, 0]
-    assert torch.equal(fast(**rows), dense)
-    assert fast.codes() == {("missed", "no-vision")}
-
-
-def test_text_never_goes():
-    """Rows with less vision tokens than are to go are an error, not a silent cut."""
-    model = vision_model("llava")
-    fast = Rewritten(model, "token-drop{method=must,schedule=[{layer=1,keep=0.2}]}")
-    inputs = {**prompt([90, 90], [[5, 45], []], PATCHES), "pixel_values": pixels(2)}
-    warm(model, **inputs)
-    with pytest.raises(RuntimeError, match="fewer vision tokens"):
-        fast(**inputs)
-
-
-def test_all_tokens_of_a_prompt_with_images():
-    """Methods that rank every token find the language model behind the encoder."""
-    model = vision_model("llava")
-    fast = Rewritten(model, "token-drop{schedule=[{layer=1,keep=0.5}]}")
-    inputs = {**prompt([60, 52], [[5], [3]], PATCHES), "pixel_values": pixels(2)}
-    warm(model, **inputs)
-    fast(**inputs)
-    assert fast.codes() == {("applied", "rewritten")}
+    model, rows = model_of()[0], prompt([20], [[]], 0)
+    warm(model, rows)
+    (graph,) = capture(model, **rows, **ASKED)
+    dense = logits_of(graph, graph.meta["arguments"])
+    out, codes = rewritten(graph, "token-drop{method=must}")
+    assert torch.equal(out, dense)
+    assert codes == {("missed", "no-vision")}

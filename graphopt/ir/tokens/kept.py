@@ -89,6 +89,12 @@ class KeptTokens:
         return self.number(sympy.sympify(expr).subs(self.symbol, count))
 
 
+def depends_on_data(expr: Any) -> bool:
+    """Tell whether a size is known only when an operator before it has run."""
+    symbols = getattr(expr, "free_symbols", ())
+    return any(_compat.is_data_symbol(symbol) for symbol in symbols)
+
+
 def token_sizes(model: ModelGraph) -> tuple[Any, SizesOf]:
     """Return the symbol of T, and a function from a tensor to its sizes over T.
 

@@ -17,7 +17,7 @@ from graphopt.ir.sizes.literals import is_factor, is_inferred, literal_readings
 from graphopt.ir.sizes.slots import LiteralReadings, Reading, leaves
 from graphopt.ir.sizes.token_counts import trial_counts
 from graphopt.ir.sizes.token_inputs import TokenInputs
-from graphopt.ir.tokens.kept import KeptTokens
+from graphopt.ir.tokens.kept import KeptTokens, depends_on_data
 
 
 class LaterSizes:
@@ -44,7 +44,8 @@ class LaterSizes:
         for node in self.later:
             exprs.update(size_expr(size) for size in shape_of(node) or ())
             found.update(abs(leaf) for leaf in leaves(node) if type(leaf) is int)
-        return found | {self.kept.number(expr) for expr in exprs}
+        known = (expr for expr in exprs if not depends_on_data(expr))
+        return found | {self.kept.number(expr) for expr in known}
 
     def solve(self) -> dict[tuple[fx.Node, int], Any]:
         """Return the arguments to change: by node and leaf, an expression over T'.

@@ -104,7 +104,8 @@ class _Edit:
             return
         args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
         try:
-            with _compat.trying_fakes(), mode, torch.no_grad():
+            sizes = _compat.discarding_sizes(self.gm)
+            with _compat.trying_fakes(), sizes, mode, torch.no_grad():
                 node.meta["example_value"] = apply(node, args, kwargs)
         except Exception as error:
             raise PassError(f"{node.name} cannot be inferred: {error}") from error

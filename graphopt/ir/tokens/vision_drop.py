@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt import _compat
 from graphopt.errors import PassError
 from graphopt.ir.match import shape_of
 from graphopt.ir.replace import call, key_mask_of
@@ -39,13 +39,16 @@ class VisionTokens:
 class VisionDrop:
     """Behind ``layer`` of the share ``before`` of the vision tokens ``after`` stays.
 
-    ``scores`` [B, S] is a node; None takes vision tokens at equal distances.
+    ``scores`` [B, S] is a node; None takes vision tokens at equal distances. With
+    ``bound`` the shares mean nothing: what scores less than it goes, in the row where
+    the least goes; other rows lose as many.
     """
 
     layer: int
     before: Fraction
     after: Fraction
     scores: fx.Node | None
+    bound: float | None = None
 
 
 def count_vision(
@@ -94,6 +97,8 @@ def drop_vision(model: LanguageGraph, tokens: VisionTokens, drop: VisionDrop) ->
 
     def choose() -> fx.Node:
         mask = key_mask_of(graph, layer.attention)
+        if drop.bound is not None:
+            return _passing(model, tokens, drop, mask)
         alive = [_share(graph, tokens.number, s) for s in (drop.before, drop.after)]
         gone = insert(graph, operator.sub, *alive)
         count = insert(graph, operator.sub, _size(graph, stream, 1), gone)
@@ -107,13 +112,24 @@ def drop_vision(model: LanguageGraph, tokens: VisionTokens, drop: VisionDrop) ->
     drop_chosen(model, point, choose)
 
 
+def _passing(
+    model: LanguageGraph, tokens: VisionTokens, drop: VisionDrop, mask: fx.Node | None
+) -> fx.Node:
+    graph, scores = model.gm.graph, drop.scores
+    size = _size(graph, tokens.mask, 1)  # no row has more text than tokens
+    args = (scores, tokens.mask, tokens.protected, mask, size)
+    ranks = call(graph, _ops.vision_ranks.default, args)
+    with _compat.discarding_sizes(model.gm):
+        return call(graph, _ops.keep_passing.default, (ranks, drop.bound, mask))
+
+
 def drop_before_layers(
-    model: LanguageGraph, gone: fx.Node, number: Callable[[fx.Graph], fx.Node]
+    model: LanguageGraph, tokens: VisionTokens, gone: fx.Node, share: Fraction | None
 ) -> None:
     """Drop the tokens of ``gone`` (bool [B, S]) before the first layer.
 
-    ``number`` inserts how many there are in each row. RuntimeError when the model runs
-    and a row has fewer.
+    They are ``share`` of the vision tokens, the same number in each row (RuntimeError
+    when the model runs and they are fewer); None for a number that depends on data.
     """
     first, graph = model.layers[0], model.gm.graph
     stream = first.input
@@ -121,11 +137,18 @@ def drop_before_layers(
         raise PassError("the first layer's input is no single value")
 
     def choose() -> fx.Node:
-        count = insert(graph, operator.sub, _size(graph, stream, 1), number(graph))
+        size = _size(graph, stream, 1)
+        count = size
+        if share is not None:
+            fewer = _share(graph, tokens.number, share)
+            count = insert(graph, operator.sub, size, fewer)
         scores = insert(graph, torch.zeros_like, gone, dtype=torch.float32)
         args = (scores, gone, None, None, count)
         ranks = call(graph, _ops.vision_ranks.default, args)
-        return call(graph, _ops.keep_tokens.default, (ranks, count, None, False))
+        if share is not None:
+            return call(graph, _ops.keep_tokens.default, (ranks, count, None, False))
+        with _compat.discarding_sizes(model.gm):
+            return call(graph, _ops.keep_passing.default, (ranks, 1.0, None))
 
     drop_chosen(model, _first_step(graph, stream, first), choose)
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.attention.site import AttentionSite, find_attention
-from graphopt.ir.match import argument, op_name, shape_of, sizes_of, value_of
+from graphopt.ir.match import argument, op_name, sizes_of, value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.vision.insert import insert
 
@@ -90,15 +90,10 @@ def _is_bool(node: fx.Node) -> bool:
 
 
 def _language(gm: fx.GraphModule, span: VisionSpan) -> list[AttentionSite]:
-    """Return the sites that read the embeddings, token by token."""
+    """Return the sites whose queries are computed from the embeddings, from 0 on."""
     reached = descendants(gm.graph, [span.node])
-    tokens = (shape_of(span.node) or ())[1]
-    sites = [
-        site
-        for site in find_attention(gm)
-        if site.query in reached and site.query_len == tokens
-    ]
-    return numbered(sites)
+    sites = [site for site in find_attention(gm) if site.query in reached]
+    return [replace(site, index=i) for i, site in enumerate(sites)]
 
 
 def descendants(graph: fx.Graph, sources: Sequence[fx.Node]) -> set[fx.Node]:
@@ -108,11 +103,6 @@ def descendants(graph: fx.Graph, sources: Sequence[fx.Node]) -> set[fx.Node]:
         if not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
-
-
-def numbered(sites: Sequence[AttentionSite]) -> list[AttentionSite]:
-    """Return ``sites`` with indices from 0."""
-    return [replace(site, index=i) for i, site in enumerate(sites)]
 
 
 def vision_mask(graph: fx.Graph, span: VisionSpan) -> fx.Node:

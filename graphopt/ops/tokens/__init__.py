@@ -6,6 +6,7 @@ whose rows depend on data. A score or an index is always of one batch row's own 
 
 from graphopt.ops.tokens.dual_scores import dual_scores
 from graphopt.ops.tokens.keep import keep_tokens
+from graphopt.ops.tokens.keep_passing import keep_passing
 from graphopt.ops.tokens.pool import pool_places, pool_tokens
 from graphopt.ops.tokens.scores import spread_scores, token_scores
 from graphopt.ops.tokens.take import take_tokens
@@ -16,6 +17,7 @@ __all__ = [
     "alike_windows",
     "class_keys",
     "dual_scores",
+    "keep_passing",
     "keep_tokens",
     "merge_windows",
     "merged_away",

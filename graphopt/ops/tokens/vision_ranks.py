@@ -11,7 +11,8 @@ _library.define(
     "SymInt count, bool even=False) -> Tensor"
 )
 _library.define(
-    "class_keys(Tensor query, Tensor key, float scale, int count) -> Tensor"
+    "class_keys(Tensor query, Tensor key, Tensor? gone, float scale, int count) "
+    "-> Tensor"
 )
 _TOO_FEW = (
     "token-drop: a row has fewer vision tokens and padding than are to be dropped; "
@@ -55,18 +56,23 @@ def _even(vision: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
     return (taken & vision).to(dtype)
 
 
-def class_keys(query: Tensor, key: Tensor, scale: float, count: int) -> Tensor:
+def class_keys(
+    query: Tensor, key: Tensor, gone: Tensor | None, scale: float, count: int
+) -> Tensor:
     """Return the patches that the class token attends to most, bool [N, P].
 
     MustDrop's key set (Liu et al. 2024). query [N, Hq, 1 + P, D] and key
     [N, Hkv, 1 + P, D] of an encoder's layer, the class token first; attention is the
-    mean over heads. ``count`` patches of each image, the earlier of equals.
+    mean over heads. ``count`` patches of each image, the earlier of equals; none of
+    ``gone`` (bool [N, P]) while there are others.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1]
     first = query[:, :, 0].to(wide).unflatten(1, (key.shape[1], groups))
     logits = first @ key.to(wide).transpose(2, 3) * scale  # [N, Hkv, G, 1 + P]
     paid = logits.softmax(-1).mean((1, 2))[:, 1:]
+    if gone is not None:
+        paid = paid.masked_fill(gone, -1)
     order = torch.sort(paid, dim=1, descending=True, stable=True).indices
     return torch.zeros_like(paid, dtype=torch.bool).scatter(1, order[:, :count], True)
 

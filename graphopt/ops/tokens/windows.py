@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
-_library.define("alike_windows(Tensor x, int height, int width, int count) -> Tensor")
+_library.define(
+    "alike_windows(Tensor x, int height, int width, int count, float least) -> Tensor"
+)
 _library.define(
     "merge_windows(Tensor x, Tensor windows, int height, int width) -> Tensor"
 )
@@ -18,12 +20,15 @@ _library.define("merged_away(Tensor windows, int height, int width) -> Tensor")
 SIDE = 3  # patches of a window, each way
 
 
-def alike_windows(x: Tensor, height: int, width: int, count: int) -> Tensor:
-    """Return the ``count`` windows of each image that are most alike, bool [N, W].
+def alike_windows(
+    x: Tensor, height: int, width: int, count: int, least: float
+) -> Tensor:
+    """Return the windows of each image that are most alike, bool [N, W].
 
     x [N, height * width, C] are the patches' vectors, row by row. A window's value is
-    the mean cosine of two of its nine patches; the earlier of equals. Rows and columns
-    that fill no window belong to none.
+    the mean cosine of two of its nine patches; the earlier of equals. All images have
+    equally many: ``count``, or fewer where an image has fewer of at least ``least``.
+    Rows and columns that fill no window belong to none.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     unit = torch.nn.functional.normalize(_windows(x.to(wide), height, width), dim=-1)
@@ -32,7 +37,10 @@ def alike_windows(x: Tensor, height: int, width: int, count: int) -> Tensor:
     pairs = unit.sum(2).square().sum(-1) - unit.square().sum((-1, -2))
     alike = pairs / (patches * (patches - 1))
     order = torch.sort(alike, dim=1, descending=True, stable=True).indices
-    return torch.zeros_like(alike, dtype=torch.bool).scatter(1, order[:, :count], True)
+    allowed = (alike >= least).sum(1).amin().clamp(max=count)
+    first = torch.arange(alike.shape[1], device=x.device) < allowed
+    chosen = torch.zeros_like(alike, dtype=torch.bool)
+    return chosen.scatter(1, order, first.expand_as(order))
 
 
 def merge_windows(x: Tensor, windows: Tensor, height: int, width: int) -> Tensor:
