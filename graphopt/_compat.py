@@ -187,18 +187,18 @@ def _compiles_with(context: Any, backend: Callable[..., Any]) -> bool:
 
 
 def new_size(like: torch.Tensor, most: Any) -> Any:
-    """Return a size from 1 to ``most`` that depends on data, for a fake result.
+    """Return a size from 2 to ``most`` that depends on data, for a fake result.
 
     Dynamo allows such sizes only where its config says so; a pass that put the operator
     in knows that the rest of the graph runs on any size. Without symbols, as when
-    sizes are tried, it is a number of that range.
+    sizes are tried, it is a number of that range. Nothing is said of ``most`` then: the
+    check would be printed into every outlined piece, and not each knows that size.
     """
     environment = getattr(getattr(like, "fake_mode", None), "shape_env", None)
     if environment is None:
-        return max(1, int(most) // 2)
+        return max(2, int(most) // 2)
     size = environment.create_unbacked_symint()
-    torch._check(size >= 1)
-    torch._check(size <= most)
+    torch._check(size >= 2)  # as of every symbolic size: one would broadcast
     return size
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from graphopt._compat import isolated_tracing
+from graphopt._compat import is_data_symbol, isolated_tracing
 from graphopt.outline.guards import guard_alike, new_guards, shape_environment
 from graphopt.outline.pieces import Piece, extract
 from graphopt.outline.segments import find_layers, operator_nodes, target_name
+from graphopt.outline.sizes import symbols_of
 
 Compiled = Callable[..., Sequence[Any]]
 CompileOne = Callable[[fx.GraphModule, list[Any]], Compiled]
@@ -41,6 +42,8 @@ def compile_outlined(gm: fx.GraphModule, compile_one: CompileOne) -> Outlined:
     if not layers:
         return Outlined(None, reason="fewer than three repeated layers were found")
     nodes = operator_nodes(gm.graph)
+    if reason := _depends_on_data(nodes):
+        return Outlined(None, reason=reason)
     if reason := _state_crosses(nodes, layers):
         return Outlined(None, reason=reason)
     pieces = _cut(gm, nodes, layers)
@@ -65,6 +68,15 @@ def _is_size(node: fx.Node) -> bool:
     from torch import SymInt
 
     return isinstance(node.meta.get("example_value"), SymInt)
+
+
+def _depends_on_data(nodes: list[fx.Node]) -> str:
+    """A piece would be free to lay a tensor out whose sizes it cannot compare."""
+    for node in nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, Tensor) and any(map(is_data_symbol, symbols_of(value))):
+            return f"the sizes of {node.name} depend on data"
+    return ""
 
 
 def _state_crosses(nodes: list[fx.Node], layers: list[tuple[int, int]]) -> str:

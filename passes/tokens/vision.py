@@ -6,7 +6,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-from torch import fx
+from torch import SymInt, fx
 
 from graphopt.errors import PassError
 from graphopt.ir.tokens.drop import attention_scores, spread_scores
@@ -58,6 +58,8 @@ def drop_vision_tokens(
     stage = (
         encoder_stage(model, _rule(options, by_data)) if method == "must" else Stage()
     )
+    if stage.gone is not None and not isinstance(model.tokens, SymInt):
+        raise PassError("merging needs a prompt length that varies: dynamic=True")
     tokens = count_vision(model, stage.protected)
     scores = _scores(model, method, options, plan, tokens)
     bound = 1.0 if by_data else None  # scores are in units of the thresholds

@@ -152,36 +152,61 @@ def test_methods_on_all_tokens_find_the_language_model():
 
 
 class Compiled:
-    """A model whose rewritten graphs run eagerly."""
+    """A model whose rewritten graphs run on a simple host."""
 
-    def __init__(self, model, config):
+    def __init__(self, model, config, host="eager"):
         self.graphs: list[Any] = []
         self.options = parse_options({"config": config})
+        self.host = torch._dynamo.lookup_backend(host)
         torch._dynamo.reset()
         self.compiled = torch.compile(model, backend=self._backend, dynamic=True)
 
     def _backend(self, gm, examples):
         self.graphs.append(rewrite(gm, self.options)[0])
-        return gm.forward
+        return self.host(gm, examples)
 
     def __call__(self, **inputs):
         with torch.no_grad():
             return self.compiled(**inputs, **ASKED).logits[:, 0]
 
 
-def test_one_graph_for_every_length_and_several_images():
+BOUNDS = (0.03, 0.1)
+BY_BOUNDS = (
+    "mode=threshold,similarity=1.0,global_threshold=0.03,individual_threshold=0.1,"
+)
+
+
+@pytest.mark.parametrize("by_threshold", [False, True])
+def test_one_graph_for_every_length_and_several_images(by_threshold):
+    """By thresholds each call has a number of tokens of its own."""
     model, twin = model_of()
-    fast = Compiled(model, must())
-    for lengths, images in (
-        ([120, 101], [[5, 60], [3, 50]]),
-        ([90, 90], [[0, 36], [10, 50]]),
+    host = "aot_eager" if by_threshold else "eager"
+    fast = Compiled(model, must(BY_BOUNDS if by_threshold else ""), host)
+    for seed, lengths, images in (
+        (0, [120, 101], [[5, 60], [3, 50]]),
+        (1, [90, 90], [[0, 36], [10, 50]]),
     ):
-        inputs = {**prompt(lengths, images, PATCHES), "pixel_values": pixels(4)}
+        rows = prompt(lengths, images, PATCHES, seed)
+        inputs = {**rows, "pixel_values": pixels(4, seed)}
         warm(model, inputs)
         keys = key_set(twin, inputs["pixel_values"], 0.08).flatten()
-        expected, _ = run_rows(twin, inputs, Rule(PLAN, keys=keys))
+        rule = Rule(PLAN, keys=keys)
+        if by_threshold:
+            rule = Rule(PLAN, thresholds=BOUNDS, keys=keys, by_threshold=True)
+        expected, _ = run_rows(twin, inputs, rule)
         close(fast(**inputs), expected)
     assert len(fast.graphs) == 1
+
+
+def test_thresholds_on_one_row():
+    model, twin = model_of()
+    inputs = {**prompt([60], [[5]], PATCHES), "pixel_values": pixels(1)}
+    warm(model, inputs)
+    keys = key_set(twin, inputs["pixel_values"], 0.08).flatten()
+    rule = Rule(PLAN, thresholds=BOUNDS, keys=keys, by_threshold=True)
+    expected, alive = run_rows(twin, inputs, rule)
+    assert len(alive[0]) < 60
+    close(Compiled(model, must(BY_BOUNDS), "aot_eager")(**inputs), expected)
 
 
 def test_text_never_goes():

@@ -143,7 +143,8 @@ def drop_before_layers(
             fewer = _share(graph, tokens.number, share)
             count = insert(graph, operator.sub, size, fewer)
         scores = insert(graph, torch.zeros_like, gone, dtype=torch.float32)
-        args = (scores, gone, None, None, count)
+        mask = key_mask_of(graph, first.attention)  # the last token stays
+        args = (scores, gone, None, mask, count)
         ranks = call(graph, _ops.vision_ranks.default, args)
         if share is not None:
             return call(graph, _ops.keep_tokens.default, (ranks, count, None, False))

@@ -57,7 +57,8 @@ def dual_scores(
     both = torch.maximum(
         total / (everything * global_threshold), most / individual_threshold
     )
-    return both.masked_fill(everything == 0, float("inf")).nan_to_num(float("inf"))
+    endless = float("inf")
+    return both.masked_fill(everything == 0, endless).nan_to_num(endless, endless)
 
 
 def _text_rows(vision: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -25,14 +25,15 @@ def keep_tokens(
     """
     if even:
         scores = _even(scores, count, key_mask)
-    scores = scores.masked_fill(_last(scores, key_mask), float("inf"))
+    scores = scores.masked_fill(is_last(scores, key_mask), float("inf"))
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask, float("-inf"))
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
     return order[:, :count].sort(1).values
 
 
-def _last(scores: Tensor, key_mask: Tensor | None) -> Tensor:
+def is_last(scores: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Return where a row's last token is that is not padding, bool [B or 1, S]."""
     place = torch.arange(scores.shape[1], device=scores.device)
     if key_mask is None:
         return (place == scores.shape[1] - 1)[None]

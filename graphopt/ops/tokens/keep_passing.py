@@ -16,13 +16,13 @@ def keep_passing(ranks: Tensor, bound: float, key_mask: Tensor | None) -> Tensor
     """Return the places of the tokens that stay, ascending, int64 [B, S'].
 
     ranks [B, S]; key_mask bool [B, S], false for padding, or None. S' is the number of
-    ranks of at least ``bound`` in the row that has most of them, padding apart. Other
-    rows keep their next best, then padding, as `keep_tokens` has it.
+    ranks of at least ``bound`` in the row that has most of them, padding apart, and at
+    least 2. Other rows keep their next best, then padding, as `keep_tokens` has it.
     """
     passing = ranks >= bound
     if key_mask is not None:
         passing = passing & key_mask
-    count = max(1, int(passing.sum(1).max()))
+    count = max(2, int(passing.sum(1).max()))
     return keep_tokens(ranks, count, key_mask)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphopt.ops.tokens.keep import is_last
+
 _library = torch.library.Library("graphopt", "FRAGMENT")
 _library.define(
     "vision_ranks(Tensor scores, Tensor vision, Tensor? protected, Tensor? key_mask, "
@@ -31,20 +33,24 @@ def vision_ranks(
     """Return scores by which `keep_tokens` drops vision tokens alone, [B, S].
 
     scores [B, S]; vision and protected bool [B, S]; key_mask bool [B, S], false for
-    padding, or None. Text comes before protected vision tokens, those before others.
-    ``even`` takes vision tokens at equal distances instead of by score. ``count`` is
-    what a row will have left; RuntimeError where its text alone is more.
+    padding, or None. Text and a row's last token come before protected vision tokens,
+    those before others, and padding between. ``even`` takes vision tokens at equal
+    distances instead of by score. ``count`` is what a row will have left; RuntimeError
+    where its text alone is more.
     """
+    vision = vision & ~is_last(scores, key_mask)
     text = ~vision if key_mask is None else ~vision & key_mask
     held = text.sum(1, keepdim=True)
     torch._assert_async((held <= count).all(), _TOO_FEW)
     if even:
         scores = _even(vision, count - held, scores.dtype)
     top = torch.finfo(scores.dtype).max
-    ranks = scores.clamp(max=top / 2)
+    ranks = scores.clamp(max=top / 4)
     if protected is not None:
         ranks = ranks.masked_fill(protected & vision, top)
-    return ranks.masked_fill(~vision, float("inf"))
+    if key_mask is not None:
+        ranks = ranks.masked_fill(~key_mask, top / 2)
+    return ranks.masked_fill(text, float("inf"))
 
 
 def _even(vision: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
