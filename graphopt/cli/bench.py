@@ -15,7 +15,9 @@ from graphopt.errors import ConfigError, did_you_mean
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="A script of benchmarks/, without .py.")],
+    name: Annotated[
+        str, typer.Argument(help="A script of benchmarks/, without .py (token-drop).")
+    ],
     quick: Annotated[
         bool,
         typer.Option("--quick", help="Small sizes: shows that it runs, no figures."),
@@ -29,13 +31,17 @@ def bench(
     Example: graphopt bench attention --quick
     """
     folder = benchmarks_folder()
-    script = folder / f"{name}.py"
-    names = [p.stem for p in folder.glob("*.py") if "\ndef main(" in p.read_text()]
+    scripts = {
+        p.stem.replace("_", "-"): p
+        for p in folder.glob("*.py")
+        if "\ndef main(" in p.read_text()
+    }
+    name, names = name.replace("_", "-"), scripts.keys()
     if name not in names:
         raise ConfigError(f"no benchmark '{name}'{did_you_mean(name, names)}")
     # Whatever a benchmark says while it runs is progress; stdout is for its result.
     with contextlib.redirect_stdout(sys.stderr):
-        result = _load(script).main(quick=quick)
+        result = _load(scripts[name]).main(quick=quick)
     if as_json:
         print_json(result)
         return

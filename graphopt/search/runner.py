@@ -46,12 +46,13 @@ def configured(config: str | None) -> Edit:
 class GraphRunner:
     """Prefills of ``model`` (batch 1) through edited copies of its graph.
 
-    ``keep``: positions at the end whose logits are returned. One runner at a time: the
-    capture starts from a Dynamo without memory of other models.
+    ``keep``: positions at the end whose logits are returned; ``use_cache``: whether the
+    prefill keeps keys and values. One runner at a time: the capture starts from a
+    Dynamo without memory of other models.
     """
 
-    def __init__(self, model: Any, keep: int = 1) -> None:
-        self.model, self.keep = model, keep
+    def __init__(self, model: Any, keep: int = 1, use_cache: bool = True) -> None:
+        self.model, self.keep, self.use_cache = model, keep, use_cache
         self._edits: dict[str, Edit] = {}
         self._current = ""
         torch._dynamo.reset()
@@ -63,9 +64,9 @@ class GraphRunner:
 
     @torch.no_grad()
     def prefill(self, name: str, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Return (logits [keep, vocab], key-value cache) of ``ids`` [1, tokens]."""
+        """Return (logits [keep, vocab], key-value cache or None) of ids [1, tokens]."""
         self._current = name
-        output = self._captured(ids, use_cache=True, logits_to_keep=self.keep)
+        output = self._captured(ids, use_cache=self.use_cache, logits_to_keep=self.keep)
         return output.logits[0, -self.keep :], output.past_key_values
 
     def _capture(
