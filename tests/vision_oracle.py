@@ -74,7 +74,7 @@ class Row:
         order = sorted(
             seen, key=lambda i: (self.alive[i] in keys, values[self.alive[i]], -i)
         )
-        if method == "uniform":
+        if method in ("uniform", "pool"):
             stay = len(seen) - drop
             n = len(seen)
             order = [
@@ -83,7 +83,18 @@ class Row:
                 if (i + 1) * stay // n == i * stay // n
             ]
         gone = {self.alive[i] for i in order[:drop]}
+        if method == "pool":
+            self.pool([self.alive[i] for i in seen], gone)
         self.alive = [p for p in self.alive if p not in gone]
+
+    def pool(self, places: list[int], gone: set[int]) -> None:
+        """Let those that stay be means of themselves and those that go in front."""
+        run: list[int] = []
+        for place in places:
+            run.append(place)
+            if place not in gone:
+                self.hidden[place] = self.hidden[run].mean(0)
+                run = []
 
     def values(
         self, method: str, thresholds: tuple[float, float], seen: list[int]

@@ -105,8 +105,6 @@ class TokenDrop(VisionOptions):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         """Points that contradict each other in every model are an error of a config."""
-        if self.method == "pool" and self.tokens == "vision":
-            raise ValueError("method 'pool' has no tokens = 'vision'")
         if all(point.layer is not None for point in self.schedule):
             steps(self.schedule, 1 << 30)
         return self

@@ -64,7 +64,8 @@ def drop_vision_tokens(
     scores = _scores(model, method, options, plan, tokens)
     bound = 1.0 if by_data else None  # scores are in units of the thresholds
     for step, (before, after) in reversed(_shares(plan, stage.merged)):
-        drop = VisionDrop(step.layer, before, after, scores[step.layer], bound)
+        here, pool = scores[step.layer], method == "pool"
+        drop = VisionDrop(step.layer, before, after, here, bound, pool)
         drop_vision(LanguageGraph(gm), tokens, drop)
     if stage.gone is not None:
         drop_before_layers(LanguageGraph(gm), tokens, stage.gone, stage.merged)
@@ -106,7 +107,7 @@ def _scores(
     tokens: VisionTokens,
 ) -> dict[int, Any]:
     layers = {step.layer: model.layers[step.layer] for step in plan}
-    if method == "uniform":
+    if method in ("uniform", "pool"):
         return dict.fromkeys(layers)
     if method == "lazy":
         return {i: attention_scores(model, layer) for i, layer in layers.items()}

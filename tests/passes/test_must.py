@@ -87,7 +87,7 @@ def test_must_keeps_what_the_eager_filter_keeps():
     close(rewritten(graph, must("key_share=0.0,"))[0], without)
 
 
-@pytest.mark.parametrize("method", ["fastv", "random", "uniform"])
+@pytest.mark.parametrize("method", ["fastv", "random", "uniform", "pool"])
 def test_baselines_on_vision_tokens(method):
     inputs, _, graph = llava()
     expected, _ = run_rows(model_of()[1], inputs, Rule(PLAN, method))

@@ -41,7 +41,8 @@ class VisionDrop:
 
     ``scores`` [B, S] is a node; None takes vision tokens at equal distances. With
     ``bound`` the shares mean nothing: what scores less than it goes, in the row where
-    the least goes; other rows lose as many.
+    the least goes; other rows lose as many. With ``pool`` those that stay become means
+    of those that go.
     """
 
     layer: int
@@ -49,6 +50,7 @@ class VisionDrop:
     after: Fraction
     scores: fx.Node | None
     bound: float | None = None
+    pool: bool = False
 
 
 def count_vision(
@@ -109,7 +111,18 @@ def drop_vision(model: LanguageGraph, tokens: VisionTokens, drop: VisionDrop) ->
         ranks = call(graph, _ops.vision_ranks.default, args)
         return call(graph, _ops.keep_tokens.default, (ranks, count, mask, False))
 
-    drop_chosen(model, point, choose)
+    if not drop.pool:
+        drop_chosen(model, point, choose)
+        return
+    order = list(graph.nodes)
+    later = order[order.index(point) :]
+    with graph.inserting_before(point):
+        kept = choose()
+        pooled = call(graph, _ops.pool_vision.default, (stream, kept, tokens.mask))
+    for user in later:
+        if user.op != "output":
+            user.replace_input_with(stream, pooled)
+    drop_chosen(model, point, lambda: kept)
 
 
 def _passing(

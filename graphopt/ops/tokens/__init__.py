@@ -8,6 +8,7 @@ from graphopt.ops.tokens.dual_scores import dual_scores
 from graphopt.ops.tokens.keep import keep_tokens
 from graphopt.ops.tokens.keep_passing import keep_passing
 from graphopt.ops.tokens.pool import pool_places, pool_tokens
+from graphopt.ops.tokens.pool_vision import pool_vision
 from graphopt.ops.tokens.scores import spread_scores, token_scores
 from graphopt.ops.tokens.take import take_tokens
 from graphopt.ops.tokens.vision_ranks import class_keys, vision_ranks
@@ -23,6 +24,7 @@ __all__ = [
     "merged_away",
     "pool_places",
     "pool_tokens",
+    "pool_vision",
     "spread_scores",
     "take_tokens",
     "token_scores",
