@@ -89,6 +89,7 @@ def test_the_summary_names_methods():
     rows = [
         {"tokens": 8, "config": "lossless", "speedup": 1.0},
         {"tokens": 8, "config": "lazy", "speedup": 1.6},
+        {"tokens": 8, "config": token_drop.LATE, "speedup": 1.5},
         {"tokens": 8, "config": token_drop.COMBINED, "speedup": 2.0},
         *(
             {
@@ -106,6 +107,7 @@ def test_the_summary_names_methods():
     found = token_drop.summary(rows, 8)
     assert found["prefill_speedup_8"] == 1.6
     assert found["combined_speedup_8"] == 2.0
+    assert found["late_speedup_8"] == 1.5
     assert found["kl"] == {4: {"lazy": 0.1, "random": 3.0}}
     assert found["right"][4]["random"] == 0.5
     assert found["scoring_share"] == 0.015
