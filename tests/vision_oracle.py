@@ -116,6 +116,8 @@ class Row:
     def passing(self, thresholds: tuple[float, float], keys: set[int]) -> int:
         """Return how many tokens MustDrop's two conditions leave."""
         seen = [i for i, p in enumerate(self.alive) if self.vision[p]]
+        if not seen:
+            return len(self.alive)
         text = self.paid.mean(0)[seen[-1] + 1 :][:, seen]
         summed, most = text.sum(0), text.amax(0)
         under = (summed < thresholds[0] * summed.sum()) & (most < thresholds[1])

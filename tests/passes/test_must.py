@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
 from graphopt.backend import rewrite
+from graphopt.ir.match import op_name
 from graphopt.options import parse_options
 from tests.models import capture, copy_graph
 from tests.vision_configs import IMAGE, PATCHES, encoded, pixels, prompt, vision_model
@@ -66,6 +68,35 @@ def logits_of(gm, arguments):
     return next(o for o in outputs if o.shape[-1] == VOCABULARY)[:, 0]
 
 
+class Places(fx.Interpreter):
+    """Runs a graph; ``alive`` [B, S'] are the prompt's places that its drops leave."""
+
+    alive = None
+
+    def run_node(self, n):
+        value = super().run_node(n)
+        if op_name(n) in ("graphopt.keep_tokens", "graphopt.keep_passing"):
+            whole = self.alive is None
+            self.alive = value if whole else self.alive.gather(1, value)
+        return value
+
+
+def alive_in(graph, config):
+    gm = copy_graph(graph)
+    rewrite(gm, parse_options({"config": config}))
+    places = Places(gm)
+    with torch.no_grad():
+        places.run(*graph.meta["arguments"])
+    return places.alive
+
+
+def same_places(found, expected, inputs):
+    """Padding that fills a row up is no token of the prompt."""
+    for row, places in enumerate(found):
+        real = inputs["attention_mask"][row, places].bool()
+        assert places[real].tolist() == expected[row]
+
+
 def must(options="", points=POINTS):
     return f"structured-mask,token-drop{{method=must,{options}{points}}}"
 
@@ -78,16 +109,17 @@ def close(actual, expected):
 def test_must_keeps_what_the_eager_filter_keeps():
     inputs, _, graph = llava()
     keys = key_set(model_of()[1], inputs["pixel_values"], 0.08).flatten()
-    expected, _ = run_rows(model_of()[1], inputs, Rule(PLAN, keys=keys))
+    expected, alive = run_rows(model_of()[1], inputs, Rule(PLAN, keys=keys))
     out, codes = rewritten(graph, must())
     close(out, expected)
+    same_places(alive_in(graph, must()), alive, inputs)
     assert codes == {("applied", "rewritten"), ("analysis", "key-set")}
     without, _ = run_rows(model_of()[1], inputs, Rule(PLAN))
     assert not torch.allclose(without, expected)  # the key set matters here
     close(rewritten(graph, must("key_share=0.0,"))[0], without)
 
 
-@pytest.mark.parametrize("method", ["fastv", "random", "uniform", "pool"])
+@pytest.mark.parametrize("method", ["lazy", "fastv", "random", "uniform", "pool"])
 def test_baselines_on_vision_tokens(method):
     inputs, _, graph = llava()
     expected, _ = run_rows(model_of()[1], inputs, Rule(PLAN, method))
@@ -123,8 +155,9 @@ def test_thresholds(bounds):
     expected, alive = run_rows(twin, inputs, rule)
     assert len(alive[0]) < 60 - 8  # more than the merged went
     both = "global_threshold={},individual_threshold={},".format(*bounds)
-    out, _ = rewritten(graph, must(f"mode=threshold,similarity=0.02,{both}"))
-    close(out, expected)
+    config = must(f"mode=threshold,similarity=0.02,{both}")
+    close(rewritten(graph, config)[0], expected)
+    same_places(alive_in(graph, config), alive, inputs)
 
 
 def test_thresholds_of_zero_let_nothing_go():
@@ -211,15 +244,17 @@ def test_thresholds_on_one_row():
 
 def test_text_never_goes():
     """Rows with less vision tokens than are to go are an error, not a silent cut."""
-    model, _ = model_of()
-    inputs = {**prompt([90, 90], [[5, 45], []], PATCHES), "pixel_values": pixels(2)}
+    model, twin = model_of()
+    inputs = {**prompt([90, 60], [[5, 45], []], PATCHES), "pixel_values": pixels(2)}
     warm(model, inputs)
     (graph,) = capture(model, **inputs, **ASKED)
     with pytest.raises(RuntimeError, match="fewer vision tokens"):
-        rewritten(graph, must(points="schedule=[{layer=1,keep=0.2}]"))
-    options = "mode=threshold,similarity=1.0,global_threshold=0.04,"
-    out, _ = rewritten(graph, must(f"{options}individual_threshold=0.3,"))
-    assert out.isfinite().all()
+        rewritten(graph, must(points="schedule=[{layer=1,keep=0.05}]"))
+    keys = key_set(twin, inputs["pixel_values"], 0.08).flatten()
+    rule = Rule(PLAN, thresholds=BOUNDS, keys=keys, by_threshold=True)
+    expected, alive = run_rows(twin, inputs, rule)
+    assert [len(row) for row in alive] == [60, 60]  # the row without an image sets it
+    close(rewritten(graph, must(BY_BOUNDS))[0], expected)
 
 
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_vl"])
