@@ -1,0 +1,1 @@
+"""A small LLaVA, trained from scratch: which digit is in a cell of a canvas?"""
