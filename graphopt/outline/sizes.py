@@ -46,12 +46,14 @@ def needed(
     """
     holders = {node.meta["example_value"].node.expr: node for node in given}
     found: dict[fx.Node, None] = {}
-    for node in (*inputs, *nodes):
+    # A size that is an expression may bind several symbols: always passed along, with
+    # them, for Inductor's cache writes guards over what a piece is given.
+    composed = [n for n in given if _is_expression(n)]
+    for node in (*composed, *inputs, *nodes):
         for symbol in symbols_of(node.meta.get("example_value")):
             if symbol in holders:
                 found[holders[symbol]] = None
-    # A size that is an expression may bind several symbols: always passed along.
-    return [*(n for n in given if _is_expression(n)), *found]
+    return [*composed, *found]
 
 
 def _is_expression(size: fx.Node) -> bool:

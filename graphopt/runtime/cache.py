@@ -23,8 +23,11 @@ Statistics = Literal["spread", "extremes"]
 
 def wanted_by(config: Any) -> dict[str, Any] | None:
     """Return the arguments of the `Cache` that a pass config needs; None for none."""
-    asked = (item.cache_options() for item in load_config(config).pipeline)
-    return next((options for options in asked if options is not None), None)
+    found: dict[str, Any] | None = None
+    for item in load_config(config).pipeline:
+        if (options := item.cache_options()) is not None:
+            found = {**(found or {}), **options}
+    return found
 
 
 class Cache(MovableRows, TransformersCache):
@@ -45,6 +48,8 @@ class Cache(MovableRows, TransformersCache):
     at least the last ``local`` tokens (LServe, Yang et al. 2025, section 3.3;
     DuoAttention, Xiao et al. 2024). Such a model must be compiled with a pass that
     reads rings.
+    ``dropping``: each layer counts its own tokens, so that `token-drop` can keep fewer
+    in some. Such a model must be compiled with that pass for decoding too.
 
     Raises ConfigError for values that are no whole pages or name no dtype.
     """
@@ -58,6 +63,7 @@ class Cache(MovableRows, TransformersCache):
         streaming: list[list[int]] | None = None,
         sink: int = 128,
         local: int = 256,
+        dropping: bool = False,
     ) -> None:
         super().__init__(layers=[])
         if kv_dtype not in (None, "int8", "int4"):
@@ -78,6 +84,7 @@ class Cache(MovableRows, TransformersCache):
         self.max_tokens, self.kv_dtype = max_tokens, kv_dtype
         self.statistics = statistics
         self.streaming, self.sink, self.local = streaming, sink, local
+        self.dropping = dropping
         self.rows = Rows()
         self._last = -1
 
@@ -116,7 +123,8 @@ class Cache(MovableRows, TransformersCache):
         """Return layer ``index`` without pools."""
         extremes = self.statistics == "extremes"
         rings = self.rings_of(index)
-        return PagedLayer(self.rows, rings, self.kv_dtype or "", extremes)
+        kind = self.kv_dtype or ""
+        return PagedLayer(self.rows, rings, kind, extremes, self.dropping)
 
     def rings_of(self, index: int) -> Rings:
         """Return which heads of layer ``index`` keep a ring."""

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from graphopt.runtime.cache import Cache
 
 _FORMAT = "graphopt-cache-1"
-_OPTIONS = ("max_tokens", "kv_dtype", "statistics", "streaming", "sink", "local")
+_OPTIONS = (
+    *("max_tokens", "kv_dtype", "statistics"),
+    *("streaming", "sink", "local", "dropping"),
+)
 
 
 def save(cache: Cache, path: str | Path) -> None:
@@ -34,8 +37,8 @@ def save(cache: Cache, path: str | Path) -> None:
     used = rows.table[:, : pages_of(rows.tokens)].long()
     tensors = {"lengths": rows.lengths}
     for index, layer in enumerate(cache.layers):
-        for name, pool, is_ring in _pools(layer):
-            kept = pool if is_ring else pool[:, used].flatten(1, 2)
+        for name, pool, is_whole in _pools(layer):
+            kept = pool if is_whole else pool[:, used].flatten(1, 2)
             tensors[f"{index}.{name}"] = kept.contiguous()
     options = {name: getattr(cache, name) for name in _OPTIONS}
     about = {"format": _FORMAT, "layers": len(cache.layers), "options": options}
@@ -82,19 +85,21 @@ def _fill(
     layer.lazy_initialization(shaped("keys"), shaped("values"))
     assert layer.rows.table is not None
     pages = layer.rows.table.shape[1]
-    for name, pool, is_ring in list(_pools(layer)):
+    for name, pool, is_whole in list(_pools(layer)):
         stored = tensors[f"{index}.{name}"]
-        pool.copy_(stored if is_ring else grown(stored, batch, pages))
+        pool.copy_(stored if is_whole else grown(stored, batch, pages))
 
 
 def _pools(layer: PagedLayer) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield name, tensor, and whether it belongs to a ring, of what a layer keeps."""
+    """Yield name, tensor, and whether it is kept whole, not the pages in use only."""
     for part, pool in (("full", layer.full), ("ring", layer.ring)):
         for name in POOL if pool is not None else ():
             tensor = getattr(pool, name)
             if tensor is not None:
                 yield f"{part}.{name}", tensor, part == "ring"
     yield "statistics", layer.statistics, False
+    if layer.lengths is not None:
+        yield "lengths", layer.lengths, True
 
 
 __all__ = ["load", "save"]

@@ -21,10 +21,16 @@ class PagedLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(
-        self, rows: Rows, rings: Rings, kind: str, extremes: bool = False
+        self,
+        rows: Rows,
+        rings: Rings,
+        kind: str,
+        extremes: bool = False,
+        dropping: bool = False,
     ) -> None:
         super().__init__()
         self.rows, self.rings, self.kind, self.extremes = rows, rings, kind, extremes
+        self.dropping = dropping
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the pools for tensors like these; nothing is written yet."""
@@ -41,11 +47,15 @@ class PagedLayer(CacheLayerMixin):
         self.full_heads = [h for h in every if not any(h == r for r in rings)]
         heads = len(self.full_heads)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.full = Pool(heads, batch * pages, key_states, value_states, self.kind)
+        self.full = Pool.like(heads, batch * pages, key_states, value_states, self.kind)
         statistics = (heads, batch * pages, PAGE // LOGICAL, 2, key_states.shape[-1])
         self.statistics = key_states.new_empty(statistics)
         self.selected = self._new((batch, heads, pages), key_states)
         self.selected_at = self._new((batch, heads), key_states)
+        # Where tokens may be dropped a layer counts its own: int32 [B].
+        self.lengths: Tensor | None = None
+        if self.dropping:
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self.ring: Pool | None = None
         self.ring_table: Tensor | None = None
         if self.rings.heads:
@@ -58,7 +68,7 @@ class PagedLayer(CacheLayerMixin):
     def _add_ring(self, batch: int, pages: int, key: Tensor, value: Tensor) -> None:
         room = self.rings.pages
         heads = len(self.rings.heads)
-        self.ring = Pool(heads, batch * room + 1, key, value, self.kind)
+        self.ring = Pool.like(heads, batch * room + 1, key, value, self.kind)
         self.place_rings(batch, pages)
 
     def place_rings(self, batch: int, pages: int) -> None:
@@ -72,25 +82,35 @@ class PagedLayer(CacheLayerMixin):
         """Append to the pages; return all keys and values for attention to see."""
         key, value = key_states.detach(), value_states.detach()
         self._check(key, value)
-        rows = self.rows
+        rows, past = self.rows, self._past(key.shape[2])
         append = torch.ops.graphopt.append_pages
         some = (key, value)
         if self.ring is not None:
             some = (key[:, self.full_heads], value[:, self.full_heads])
         pools = self.full.tensors()
         judged = (self.statistics, 0, 0, self.extremes)
-        append(*some, rows.past, rows.table, *pools, *judged)
+        append(*some, past, rows.table, *pools, *judged)
         if self.ring is not None:
             rings = list(self.rings.heads)
             some = (key[:, rings], value[:, rings])
             keep = (self.rings.sink_pages, self.rings.ring_pages)
-            append(*some, rows.past, self.ring_table, *self.ring.tensors(), None, *keep)
+            append(*some, past, self.ring_table, *self.ring.tensors(), None, *keep)
         if rows.past_tokens == 0:
             return key_states, value_states
         return torch.ops.graphopt.read_pages(
-            *self.held(key.shape[2]), self.statistics, self.selected, self.selected_at,
-            rows.tokens, self.dtype,
+            *self.held(past, key.shape[2]), self.statistics, self.selected,
+            self.selected_at, rows.tokens, self.dtype,
+            None if self.lengths is None else rows.lengths,
         )  # fmt: skip
+
+    def _past(self, new: int) -> Tensor:
+        """Return the tokens before this call, int32 [B]; count ``new`` ones."""
+        if self.lengths is None:
+            assert self.rows.past is not None
+            return self.rows.past
+        past = self.lengths.clone()
+        self.lengths.add_(new)
+        return past
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         """Refuse tensors of another model or batch.
@@ -108,6 +128,10 @@ class PagedLayer(CacheLayerMixin):
         parts = (*shape[:2], PAGE // LOGICAL, 2, key.shape[3])
         fits = fits and self.statistics.shape == parts
         fits = fits and self.selected.shape == (*state, pages)
+        if self.lengths is not None:
+            assert self.rows.lengths is not None
+            counted = (self.lengths.shape[0], self.rows.lengths.shape[0])
+            fits = fits and counted == (batch, batch)
         if not fits or self.selected_at.shape != state:
             raise ConfigError(
                 f"Cache: keys of {tuple(key.shape)} do not fit a cache of {batch} rows "
@@ -115,14 +139,14 @@ class PagedLayer(CacheLayerMixin):
                 "same model and batch"
             )
 
-    def held(self, new: int) -> tuple[Any, ...]:
+    def held(self, past: Tensor, new: int) -> tuple[Any, ...]:
         """Return the arguments of `graphopt.ops.pages.Held`."""
         ring: tuple[Tensor | None, ...] = (None,) * 5
         if self.ring is not None:
             ring = (*self.ring.tensors(), self.ring_table)
         keep = (list(self.rings.heads), self.rings.sink_pages, self.rings.ring_pages)
         full = (*self.full.tensors(), self.rows.table)
-        return *full, *ring, *keep, self.rows.past, new
+        return *full, *ring, *keep, past, new
 
     def get_seq_length(self) -> int:
         """Return the tokens of the longest row."""
@@ -161,3 +185,5 @@ class PagedLayer(CacheLayerMixin):
         """Forget the tokens; pools stay where they are."""
         if self.is_initialized:
             self.forget_choice()
+            if self.lengths is not None:
+                self.lengths.zero_()

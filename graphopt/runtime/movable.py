@@ -34,7 +34,7 @@ class MovableRows:
             rows.table.copy_(home(batch, pages, rows.table.device))
         rows.ragged = rows.shared = False
         for layer in self.paged_layers():
-            layer.forget_choice()
+            layer.reset()
 
     def crop(self, tokens_to_remove: int | Sequence[int]) -> None:
         """Forget the last tokens: so many of every row, or of each.
@@ -58,10 +58,17 @@ class MovableRows:
         rows.ragged = len(set(lengths)) > 1
         for layer in layers:
             layer.forget_choice()
+            if layer.lengths is not None:
+                layer.lengths.copy_(rows.lengths)
 
     def _check_crop(self, lengths: Sequence[int]) -> None:
         assert self.rows.lengths is not None
         before = self.rows.lengths.tolist()
+        if self.has_dropped() and lengths != before:
+            raise ConfigError(
+                "Cache.crop: tokens were dropped from it, and which of the rest are "
+                "newest differs by layer; reset the cache, or crop before that"
+            )
         for row, (old, new) in enumerate(zip(before, lengths, strict=True)):
             if not 0 <= new <= old:
                 raise ConfigError(
@@ -92,6 +99,13 @@ class MovableRows:
             own_all_pages(
                 self.rows, self.paged_layers(), places[indices.to(self.device)]
             )
+
+    def has_dropped(self) -> bool:
+        """Tell whether some layer holds fewer tokens than came (`token-drop`)."""
+        came = self.rows.lengths
+        own = [layer.lengths for layer in self.paged_layers()]
+        counted = [n for n in own if n is not None]
+        return came is not None and any(not torch.equal(n, came) for n in counted)
 
     def attention_mask(self, new_tokens: int = 0) -> Tensor:
         """Return which places of the longest row each row holds, int64 [B, S].

@@ -17,10 +17,11 @@ def reorder(rows: Rows, layers: list[PagedLayer], source: Tensor) -> None:
     """Let row b go on as row ``source[b]`` [B] was; full pages are shared, not copied.
 
     Only the page that a row goes on writing is copied to its home, and rings, which
-    are written everywhere. Rows of different lengths do share nothing.
+    are written everywhere. Rows of different lengths share nothing, nor do rows whose
+    layers may be of different lengths.
     """
     assert rows.table is not None and rows.lengths is not None
-    if rows.ragged:
+    if rows.ragged or any(layer.dropping for layer in layers):
         own_all_pages(rows, layers, source)
         return
     rows.shared = True
@@ -62,6 +63,8 @@ def own_all_pages(rows: Rows, layers: list[PagedLayer], source: Tensor) -> None:
         layer.statistics = layer.statistics[:, table].flatten(1, 2)
         layer.selected = layer.selected[source]
         layer.selected_at = layer.selected_at[source]
+        if layer.lengths is not None:
+            layer.lengths = layer.lengths[source]
         _move_rings(layer, source)
 
 

@@ -29,14 +29,26 @@ class Rings:
 class Pool:
     """The pages of the keys and values of some heads of a layer."""
 
-    def __init__(self, heads: int, pages: int, key: Tensor, value: Tensor, kind: str):
-        self.keys = _pages(heads, pages, key, kind)
-        self.values = _pages(heads, pages, value, kind)
-        self.key_scales = self.value_scales = None
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    @staticmethod
+    def like(heads: int, pages: int, key: Tensor, value: Tensor, kind: str) -> Pool:
+        """Return ``pages`` pages for tokens like those of key and value.
+
+        No constructor takes the tensors: Dynamo makes an object that a graph leaves
+        behind again from its constructor's arguments, and would return them for that.
+        """
+        pool = Pool()
+        pool.keys = _pages(heads, pages, key, kind)
+        pool.values = _pages(heads, pages, value, kind)
         if kind in _CODES:
             shape = (heads, pages, PAGE, 2)
-            self.key_scales = key.new_empty(shape, dtype=torch.float16)
-            self.value_scales = key.new_empty(shape, dtype=torch.float16)
+            pool.key_scales = key.new_empty(shape, dtype=torch.float16)
+            pool.value_scales = key.new_empty(shape, dtype=torch.float16)
+        return pool
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return keys, values and their scales as the operators take them."""

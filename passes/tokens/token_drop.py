@@ -11,6 +11,12 @@ from torch import SymInt, fx
 from graphopt.errors import PassError
 from graphopt.ir.copying import copy_graph
 from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.tokens.cached import (
+    cache_refusal,
+    count_by_keys,
+    keep_final,
+    keep_reached,
+)
 from graphopt.ir.tokens.drop import (
     Drop,
     attention_scores,
@@ -20,6 +26,7 @@ from graphopt.ir.tokens.drop import (
 )
 from graphopt.ir.vision.span import LanguageGraph
 from graphopt.passes.base import PassContext, PassResult, option
+from graphopt.passes.tokens.decode import decode_kept
 from graphopt.passes.tokens.schedule import DropPoint, Step, steps
 from graphopt.passes.tokens.vision import NO_VISION, drop_vision_tokens, must_points
 from graphopt.passes.tokens.vision_options import VisionOptions
@@ -41,8 +48,9 @@ class TokenDrop(VisionOptions):
     Behind the layers of a schedule each prompt's tokens are ranked by the attention
     that its last token pays them there, the mean over heads, and only the best go on
     (``lazy``). They stay in order and keep their positions; the last token always
-    stays, padding goes first. Scores are a side operator that reads the keys once, so
-    attention keeps its fast kernel. ``fastv`` ranks once, at the first point;
+    stays, padding goes first. While decoding, each layer attends to what reached it, or
+    to what lives to the end (``cache``). Scores are a side operator that reads the keys
+    once, so attention keeps its fast kernel. ``fastv`` ranks once, at the first point;
     ``random`` and ``uniform`` (equal distances) look at no token, ``pool`` averages
     neighbours into as many: what a method has to beat. Approximate; a schedule that
     keeps everything leaves the graph as it is. Pays where a prompt is long and only its
@@ -78,8 +86,9 @@ class TokenDrop(VisionOptions):
     - ``not-prefill``: the graph decodes, or encodes without a causal mask;
     - ``keeps-all``: the schedule keeps every token;
     - ``schedule``: it names layers that the model does not have;
-    - ``cache``: keys are kept for decoding, which then would meet layers of different
-      lengths;
+    - ``cache``: keys are kept for decoding in a cache that counts tokens once for all
+      layers (`graphopt.Cache.from_config` makes one that does not), or that holds some
+      already;
     - ``no-vision``: vision tokens are asked for and the graph has none;
     - ``outputs``: the graph returns something of every token (ask for the last logits
       only: ``logits_to_keep=1``);
@@ -102,6 +111,12 @@ class TokenDrop(VisionOptions):
         [], "points where tokens are dropped; the method's own when left out"
     )
 
+    cache: Literal["layer", "final"] | None = option(
+        None,
+        "what each layer of a graphopt.Cache keeps: the tokens that reached it, or "
+        "only those that live to the end; must: final, others: layer",
+    )
+
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         """Points that contradict each other in every model are an error of a config."""
@@ -110,7 +125,9 @@ class TokenDrop(VisionOptions):
         return self
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
-        """Insert the drops, the deepest first."""
+        """Insert the drops, the deepest first; decoding reads what layers kept."""
+        if model.kind == "decode" and model.caches:
+            return decode_kept(model)
         language = LanguageGraph(model.gm)
         if self._on_vision and language.span is None:
             return PassResult(False, (missed("graph", "no-vision", NO_VISION),))
@@ -132,11 +149,27 @@ class TokenDrop(VisionOptions):
             return PassResult(False, (missed("graph", "fixed-length", reason),))
         before = copy_graph(model.gm.graph)
         try:
+            if model.caches:
+                count_by_keys(model)
             remarks = self._drop(model, plan)
+            self._keep_in_cache(type(model)(model.gm), plan)
         except PassError as error:
             model.gm.graph = before  # all of a schedule or nothing
             return PassResult(False, (missed("graph", "cannot-follow", str(error)),))
         return PassResult(True, remarks, {"sites": len(remarks)})
+
+    def cache_options(self) -> dict[str, Any]:
+        """Return the arguments of the `graphopt.Cache` for this pass."""
+        return {"dropping": True}
+
+    def _keep_in_cache(self, model: ModelGraph, plan: list[Step]) -> None:
+        if not model.caches:
+            return
+        kept = self.cache or ("final" if self.method == "must" else "layer")
+        if kept == "final":
+            keep_final(model)
+        else:
+            keep_reached(model, plan[0].layer + 1)
 
     @property
     def _on_vision(self) -> bool:
@@ -183,16 +216,19 @@ class TokenDrop(VisionOptions):
 def _refusal(model: ModelGraph) -> tuple[str, str] | None:
     if model.kind != "prefill":
         return "not-prefill", f"the graph is of kind '{model.kind}'"
-    if model.caches:
-        return "cache", "decoding would meet layers of different lengths"
+    if model.caches and (reason := cache_refusal(model)):
+        return "cache", reason
     if name := returns_tokens(model):
         return "outputs", f"{name} is returned for every token"
     return None
 
 
 def _windowed(model: ModelGraph, first: int) -> str:
-    """Explicit masks are gathered; a window that the kernel knows counts places."""
+    """Explicit masks are gathered; a window that the kernel knows counts places.
+
+    A cache has the places of kept tokens only, so that decoding could not count either.
+    """
     for site in model.attention[first + 1 :]:
-        if site.window and site.form == "op":
+        if site.window and (site.form == "op" or model.caches):
             return f"attention[{site.index}] sees a window of {site.window}"
     return ""

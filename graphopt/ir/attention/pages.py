@@ -17,6 +17,7 @@ from graphopt.ops.pages import PAGE
 
 _HELD = 15  # the arguments of `graphopt.ops.pages.Held`, and where they begin
 _STATE = 3  # statistics, selected, selected_at
+_ALL_TOKENS = 20  # of read_pages, where layers may drop tokens
 
 
 def read_of(site: AttentionSite) -> fx.Node | None:
@@ -44,9 +45,36 @@ def replace_by_pages(
     state = read.args[: _HELD + _STATE]
     with gm.graph.inserting_before(site.node):
         mask, _, scale, softcap, _ = shared_arguments(gm.graph, site, 0)
+        _size_without_reading(read)
+        mask = _visible(gm.graph, read, mask)
         args = (site.query, *state, mask, budget, interval, scale, softcap)
         node = call(gm.graph, torch.ops.graphopt.page_attention.default, args)
     return substitute(gm, site.node, node)
+
+
+def _size_without_reading(read: fx.Node) -> None:
+    """Take the number of keys from the argument of ``read``, not from what it reads."""
+    tokens = read.args[_HELD + _STATE]
+    for keys in list(read.users):
+        for user in list(keys.users):
+            counts = op_name(user) == "size" and user.args[1:] == (2,)
+            if counts and isinstance(tokens, fx.Node):
+                user.replace_all_uses_with(tokens)
+                user.graph.erase_node(user)
+
+
+def may_drop(read: fx.Node) -> bool:
+    """Tell whether ``read`` is of a layer that may hold fewer tokens than came."""
+    return argument(read, _ALL_TOKENS, "all_tokens") is not None
+
+
+def _visible(graph: fx.Graph, read: fx.Node, mask: fx.Node | None) -> fx.Node | None:
+    """The places of a mask are those of tokens only in a layer that dropped none."""
+    if mask is None or not may_drop(read):
+        return mask
+    past, new = read.args[_HELD - 2 : _HELD]
+    args = (mask, past, new, argument(read, _ALL_TOKENS, "all_tokens"))
+    return call(graph, torch.ops.graphopt.visible_tokens.default, args)
 
 
 @dataclass(frozen=True)

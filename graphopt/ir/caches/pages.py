@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from graphopt.ir.attention.pages import PagedSite, read_of
@@ -19,10 +21,15 @@ class PageWrites:
         found = (n for n in graph.nodes if op_name(n) == "graphopt.append_pages")
         self._by_pool = {node.args[_POOLS[0]]: node for node in found}
 
+    def append_of(self, site: AttentionSite) -> fx.Node | None:
+        """Return the node that appends the keys of ``site``, or None."""
+        pool = self._pool(site)
+        return self._by_pool.get(pool) if pool is not None else None
+
     def of(self, site: AttentionSite) -> tuple[CacheState, CacheState] | None:
         """Return the states of keys and values where ``site`` writes to pages."""
+        append: Any = self.append_of(site)
         pool = self._pool(site)
-        append = self._by_pool.get(pool) if pool is not None else None
         if append is None:
             return None
         given = pool is not None and pool.op == "placeholder"

@@ -95,6 +95,15 @@ def drop_chosen(
     substitute_tokens(model, gathered)
 
 
+def _computed_from(start: fx.Node) -> set[fx.Node]:
+    """Return ``start`` and what is computed from it."""
+    found = {start}
+    for node in list(start.graph.nodes):
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def _kept(graph: fx.Graph, layer: Layer, drop: Drop) -> fx.Node:
     """Insert the places of the tokens that stay, [B, S']."""
     stream, scores = stream_behind(layer), drop.scores
@@ -167,10 +176,11 @@ def _taken(model: ModelGraph, node: fx.Node, kept: fx.Node) -> fx.Node:
 
 
 def returns_tokens(model: ModelGraph) -> str:
-    """Return the name of an output with an axis of tokens, or an empty text."""
+    """Return the name of an output of the layers with an axis of tokens, or ''."""
     symbol, sizes = token_sizes(model)
     output = model.gm.graph.find_nodes(op="output")[0]
+    made = _computed_from(model.layers[0].attention.node)
     for node in output.all_input_nodes:
-        if any(symbol in size.free_symbols for size in sizes(node)):
+        if node in made and any(symbol in size.free_symbols for size in sizes(node)):
             return node.name
     return ""

@@ -4,6 +4,7 @@ Built of plain operators and decomposed wherever they are traced, but for `dual_
 whose rows depend on data. A score or an index is always of one batch row's own tokens.
 """
 
+from graphopt.ops.tokens.cached import real_first, visible_tokens
 from graphopt.ops.tokens.dual_scores import dual_scores
 from graphopt.ops.tokens.keep import keep_tokens
 from graphopt.ops.tokens.keep_passing import keep_passing
@@ -25,8 +26,10 @@ __all__ = [
     "pool_places",
     "pool_tokens",
     "pool_vision",
+    "real_first",
     "spread_scores",
     "take_tokens",
     "token_scores",
+    "visible_tokens",
     "vision_ranks",
 ]

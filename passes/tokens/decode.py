@@ -1,0 +1,31 @@
+"""Decoding over a cache whose layers kept different tokens."""
+
+from __future__ import annotations
+
+from graphopt.ir.attention.pages import may_drop, read_of, replace_by_pages
+from graphopt.ir.attention.site import AttentionSite
+from graphopt.ir.model_graph import ModelGraph
+from graphopt.passes.base import PassResult
+from graphopt.remarks import Remark, applied, missed
+
+# More pages than any cache has: every token that a layer kept is read.
+_ALL = 1 << 24
+
+
+def decode_kept(model: ModelGraph) -> PassResult:
+    """Let each attention of a decoding step read what its own layer kept."""
+    remarks = [_visit(model, site) for site in model.attention]
+    changed = any(r.kind == "applied" for r in remarks)
+    return PassResult(changed, tuple(remarks), {"sites": len(remarks)})
+
+
+def _visit(model: ModelGraph, site: AttentionSite) -> Remark:
+    place, read = f"attention[{site.index}]", read_of(site)
+    if read is None or not may_drop(read):
+        why = "its keys are not read from a cache whose layers count for themselves"
+        return missed(place, "not-prefill", why)
+    if site.unsupported or site.window:
+        why = site.unsupported or f"it sees a window of {site.window}"
+        return missed(place, "model-window", why)
+    replace_by_pages(model.gm, site, read, _ALL, 1)
+    return applied(place, "attends to the tokens that its layer kept")
