@@ -47,19 +47,10 @@ def count_by_keys(model: ModelGraph) -> None:
         counter = None if append is None else _counter(append)
         if append is None or counter is None:
             continue
-        with graph.inserting_before(counter):
-            size: Any = torch.ops.aten.sym_size.int
-            # The count is made before the keys are: it moves behind them.
-            number = graph.call_function(size, (append.args[_KEY], 2))
         key: Any = append.args[_KEY]
-        number.meta["example_value"] = value_of(key).shape[2]
-        counter.args = (counter.args[0], number)
-        _move_before(append, number, counter)
-
-
-def _move_before(point: fx.Node, *nodes: fx.Node) -> None:
-    for node in nodes:
-        point.prepend(node)
+        with graph.inserting_before(append):
+            counter.args = (counter.args[0], _tokens(graph, key))
+        append.prepend(counter)  # it came before the keys
 
 
 def keep_reached(model: ModelGraph, first: int) -> None:
@@ -88,7 +79,7 @@ def keep_final(model: ModelGraph) -> None:
             places = _composed(graph, _choices_behind(graph, append))
             mask = key_mask_of(graph, last)
         if append is not final:
-            _move_before(point, append)
+            point.prepend(append)
         with graph.inserting_before(append):
             if places is not None or mask is not None:
                 _keep(graph, append, places, mask)
@@ -128,7 +119,7 @@ def _keep(
     counter = _counter(append)
     assert counter is not None and isinstance(key, fx.Node)
     number = _real(graph, mask) if mask is not None else _tokens(graph, key)
-    _move_before(append, counter)
+    append.prepend(counter)
     counter.args = (counter.args[0], number)
 
 

@@ -19,6 +19,7 @@ from graphopt.ir.replace import call, key_mask_of
 from graphopt.ir.stream.layers import Layer
 from graphopt.ir.tokens.kept import token_sizes
 from graphopt.ir.tokens.substitute import substitute_tokens
+from graphopt.ir.vision.span import descendants
 
 _ops = torch.ops.graphopt
 
@@ -93,15 +94,6 @@ def drop_chosen(
         kept = choose()
         gathered = {node: _taken(model, node, kept) for node in crossing}
     substitute_tokens(model, gathered)
-
-
-def _computed_from(start: fx.Node) -> set[fx.Node]:
-    """Return ``start`` and what is computed from it."""
-    found = {start}
-    for node in list(start.graph.nodes):
-        if any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _kept(graph: fx.Graph, layer: Layer, drop: Drop) -> fx.Node:
@@ -179,7 +171,7 @@ def returns_tokens(model: ModelGraph) -> str:
     """Return the name of an output of the layers with an axis of tokens, or ''."""
     symbol, sizes = token_sizes(model)
     output = model.gm.graph.find_nodes(op="output")[0]
-    made = _computed_from(model.layers[0].attention.node)
+    made = descendants(model.gm.graph, [model.layers[0].attention.node])
     for node in output.all_input_nodes:
         if node in made and any(symbol in size.free_symbols for size in sizes(node)):
             return node.name
