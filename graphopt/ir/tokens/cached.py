@@ -22,7 +22,11 @@ from graphopt.ir.replace import call, key_mask_of
 
 _ops = torch.ops.graphopt
 _KEY, _VALUE, _PAST, _POOL, _RING = 0, 1, 2, 4, 10  # arguments of append_pages
-_CHOICES = ("graphopt.keep_tokens", "graphopt.pool_places")  # the places that stay
+_CHOICES = (  # the places that stay
+    "graphopt.keep_tokens",
+    "graphopt.keep_passing",
+    "graphopt.pool_places",
+)
 
 
 def cache_refusal(model: ModelGraph) -> str:
