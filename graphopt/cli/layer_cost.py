@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from graphopt.cli.site_cost import site_figures
+from graphopt.ir.attention.site import AttentionSite, find_attention
 from graphopt.ir.match import shape_of, size_expr, sizes_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.sites.linear import LinearSite
@@ -40,15 +41,18 @@ class SizesAt:
 def layer_costs(model: ModelGraph, at: SizesAt) -> list[dict[str, Any]]:
     """Return a row a layer: the tokens that live there and its GFLOP, batch 1.
 
-    The last row is that of the ends. Where layers cannot be told apart one row holds
-    the whole graph. Experts behind routing are not counted: which run is data.
+    The last row is that of the ends, an encoder of images among them. Where layers
+    cannot be told apart one row holds the whole graph. Experts behind routing are not
+    counted: which run is data.
     """
-    gflop = {site.index: _attention(model, site.index, at) for site in model.attention}
     alive = {site.index: at.of(site.query_len) for site in model.attention}
     layer_of = _Layers(model)
     totals: dict[Any, float] = dict.fromkeys(layer_of.names, 0.0)
-    for index, flops in gflop.items():
-        totals[layer_of.known(index)] += flops
+    known = {site.node: site.index for site in model.attention}
+    for site in find_attention(model.gm):
+        index = known.get(site.node)
+        name = layer_of.names[-1] if index is None else layer_of.known(index)
+        totals[name] += _attention(site, at)
     for linear in model.linears:
         totals[layer_of(linear.node)] += _linear(linear, at) / 1e9
     return [
@@ -81,8 +85,7 @@ class _Layers:
         return layer if self._ends else self.names[-1]
 
 
-def _attention(model: ModelGraph, index: int, at: SizesAt) -> float:
-    site = model.attention[index]
+def _attention(site: AttentionSite, at: SizesAt) -> float:
     return float(site_figures(site, at.of(site.query_len))["gflop"])
 
 

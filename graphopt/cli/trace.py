@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.backend import rewrite
 from graphopt.cli.decode_cost import step_figures
+from graphopt.cli.example_inputs import encoder_in_graph, example_inputs
 from graphopt.cli.kernels import kernel_spec
 from graphopt.cli.layer_cost import SizesAt, layer_costs
 from graphopt.cli.site_cost import site_figures
@@ -24,7 +25,9 @@ from graphopt.codegen.triton.spec import AttentionSpec
 from graphopt.errors import GraphoptError, ModelError
 from graphopt.ir.attention.pages import PagedSite, read_of
 from graphopt.ir.attention.site import AttentionSite
+from graphopt.ir.dce import eliminate_dead_code
 from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.vision.span import LanguageGraph
 from graphopt.options import BackendOptions, parse_options
 from graphopt.report import CompileReport
 from graphopt.runtime.cache import Cache, wanted_by
@@ -56,10 +59,12 @@ def trace(
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend, dynamic=True)
     try:
-        with _fake_mode(), torch.no_grad():
+        with _fake_mode(), torch.no_grad(), encoder_in_graph():
             inputs = example_inputs(model, tokens)
             if "use_cache" in inputs:
                 inputs["use_cache"] = use_cache
+            if "pixel_values" in inputs and "input_ids" in inputs:
+                model(**inputs)  # its hooks would break the graph
             _run(compiled, inputs, config)
     except (TorchDynamoException, RuntimeError, ValueError, TypeError) as error:
         inner = getattr(error, "inner_exception", None)
@@ -82,8 +87,9 @@ def _run(model: Any, inputs: dict[str, Any], config: str | None) -> None:
         return
     cache = Cache(**asked)
     model(**inputs, past_key_values=cache)
-    token = torch.zeros((1, 1), dtype=torch.int64)
-    model(**{**inputs, "input_ids": token}, past_key_values=cache)
+    token = {"input_ids": torch.zeros((1, 1), dtype=torch.int64)}
+    step = {k: v for k, v in inputs.items() if k != "pixel_values"} | token
+    model(**step, past_key_values=cache)
 
 
 def _fake_mode() -> Any:
@@ -92,32 +98,18 @@ def _fake_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def example_inputs(model: torch.nn.Module, tokens: int) -> dict[str, Any]:
-    """Return the inputs of a prefill: token ids, or pixels for a vision model."""
-    config: Any = model.config
-    name = getattr(model, "main_input_name", "input_ids")
-    if name == "pixel_values":
-        size = getattr(config, "image_size", 224)
-        channels = getattr(config, "num_channels", 3)
-        return {"pixel_values": torch.rand(1, channels, size, size)}
-    vocabulary = config.get_text_config().vocab_size
-    inputs: dict[str, Any] = {"input_ids": torch.randint(0, vocabulary, (1, tokens))}
-    if getattr(model, "can_generate", bool)():
-        inputs |= {"use_cache": True, "logits_to_keep": 1}
-    return inputs
-
-
 def _recorder(
     found: Traced, options: BackendOptions, tokens: int
 ) -> Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]:
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        model = ModelGraph(gm)
+        eliminate_dead_code(gm)  # what no output needs costs nothing
+        model = LanguageGraph(gm)
         at = SizesAt(model, tokens)
         copied = {s.index for s in model.attention if read_of(s) is not None}
         # Before the passes: they may write other sizes into the nodes of these sites.
         costs, layers = _costs(model, at, copied), _layer_costs(model, at)
         report, _ = rewrite(gm, options)
-        after = ModelGraph(gm)
+        after = LanguageGraph(gm)
         rewritten = [s for s in after.attention if s.form == "op"]
         found.reads_pages |= any(isinstance(s, PagedSite) for s in rewritten)
         found.kernels |= {

@@ -44,7 +44,7 @@ def configured(config: str | None) -> Edit:
 
 
 class GraphRunner:
-    """Prefills of ``model`` (batch 1) through edited copies of its graph.
+    """Prefills of ``model`` through edited copies of its graph.
 
     ``keep``: positions at the end whose logits are returned; ``use_cache``: whether the
     prefill keeps keys and values. One runner at a time: the capture starts from a
@@ -65,9 +65,15 @@ class GraphRunner:
     @torch.no_grad()
     def prefill(self, name: str, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """Return (logits [keep, vocab], key-value cache or None) of ids [1, tokens]."""
-        self._current = name
-        output = self._captured(ids, use_cache=self.use_cache, logits_to_keep=self.keep)
+        asked = {"use_cache": self.use_cache, "logits_to_keep": self.keep}
+        output = self.call(name, input_ids=ids, **asked)
         return output.logits[0, -self.keep :], output.past_key_values
+
+    @torch.no_grad()
+    def call(self, name: str, **inputs: Any) -> Any:
+        """Return what the model returns for any inputs, run as ``name``."""
+        self._current = name
+        return self._captured(**inputs)
 
     def _capture(
         self, gm: fx.GraphModule, inputs: list[Any]
