@@ -73,7 +73,8 @@ def keep_final(model: ModelGraph) -> None:
     graph, last = model.gm.graph, model.attention[-1]
     final = _append(model, last)
     assert final is not None
-    point = final.next
+    # The last layer's mask may be made just before its attention reads it.
+    point = max(final.next, last.node, key=list(graph.nodes).index)
     for site in model.attention:
         append = _append(model, site)
         counter = None if append is None else _counter(append)
@@ -82,8 +83,7 @@ def keep_final(model: ModelGraph) -> None:
         with graph.inserting_before(point):
             places = _composed(graph, _choices_behind(graph, append))
             mask = key_mask_of(graph, last)
-        if append is not final:
-            point.prepend(append)
+        point.prepend(append)
         with graph.inserting_before(append):
             if places is not None or mask is not None:
                 _keep(graph, append, places, mask)
