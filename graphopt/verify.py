@@ -16,10 +16,14 @@ from graphopt.errors import PassError
 _DATA_SIZE = re.compile(r"\bu\d+\b")  # as torch names one; each run makes a new one
 
 
-def signature(gm: fx.GraphModule) -> list[tuple[str, str, str]]:
-    """Return dtype, device and rank-with-shape text of every output of ``gm``."""
+def signature(gm: fx.GraphModule) -> list[Any]:
+    """Return the value of every output of ``gm``, as known from its tracing.
+
+    Values, not their text: where a pass finds that two symbols are one size, those of
+    before have its name too.
+    """
     output = next(n for n in gm.graph.nodes if n.op == "output")
-    return [_describe(n.meta.get("example_value")) for n in output.all_input_nodes]
+    return [n.meta.get("example_value") for n in output.all_input_nodes]
 
 
 def _describe(value: Any) -> tuple[str, str, str]:
@@ -29,17 +33,18 @@ def _describe(value: Any) -> tuple[str, str, str]:
 
 
 def check_structure(
-    gm: fx.GraphModule, outputs: list[tuple[str, str, str]], known: set[fx.Node]
+    gm: fx.GraphModule, outputs: list[Any], known: set[fx.Node]
 ) -> None:
     """Raise PassError unless the graph is well formed and gives the same outputs.
 
+    ``outputs`` is the `signature` of before: dtypes, devices and shapes have to agree.
     Nodes outside ``known`` are new: each must carry the value that its operator gives
     on fake tensors, with the same shape, dtype and strides.
     """
     gm.graph.lint()
-    after = signature(gm)
-    if after != outputs:
-        raise PassError(f"the outputs changed from {outputs} to {after}")
+    before, after = ([_describe(v) for v in x] for x in (outputs, signature(gm)))
+    if after != before:
+        raise PassError(f"the outputs changed from {before} to {after}")
     for node in gm.graph.nodes:
         if node not in known and node.op == "call_function":
             _check_value(gm, node)

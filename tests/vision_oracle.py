@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -130,6 +130,9 @@ class Row:
         return self.head(self.base.norm(self.hidden[self.alive[-1]]))
 
 
+_Kind = TypeVar("_Kind", bound=Row)
+
+
 def dual(
     mean: torch.Tensor, seen: Sequence[int], thresholds: tuple[float, float]
 ) -> dict[int, float]:
@@ -241,6 +244,14 @@ def run_rows(
     model: Any, inputs: dict[str, Any], rule: Rule
 ) -> tuple[torch.Tensor, list[list[int]]]:
     """Return the last logits [B, V] and the places alive at the end, of each row."""
+    rows = passed_rows(model, inputs, rule, Row)
+    return torch.stack([one.logits() for one in rows]), [one.alive for one in rows]
+
+
+def passed_rows(
+    model: Any, inputs: dict[str, Any], rule: Rule, kind: type[_Kind]
+) -> list[_Kind]:
+    """Return the rows of a prompt, of class ``kind``, behind the last layer."""
     ids = inputs["input_ids"]
     real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     hidden, gone = embeddings(model, inputs), torch.zeros_like(real)
@@ -254,7 +265,7 @@ def run_rows(
     for row in range(len(ids)):
         positions = torch.arange(ids.shape[1]) if given is None else given[:, row]
         places = (real[row] & ~gone[row]).nonzero()[:, 0].tolist()
-        rows.append(Row(model, hidden[row], positions, ids[row], places))
+        rows.append(kind(model, hidden[row], positions, ids[row], places))
     vision = int((ids == IMAGE).sum()) // len(ids)
     text = ids.shape[1] - vision
     behind = dict(rule.plan)
@@ -270,4 +281,4 @@ def run_rows(
             count = max(one.passing(rule.thresholds, kept) for one, kept in pairs)
         for one, kept in zip(rows, keys, strict=True):
             one.keep(count, rule.method, rule.thresholds, kept)
-    return torch.stack([one.logits() for one in rows]), [one.alive for one in rows]
+    return rows
