@@ -20,6 +20,7 @@ from graphopt.ir.copying import copy_module
 from graphopt.ir.dce import eliminate_dead_code
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.sites.structure import ends_text, structure_rows
+from graphopt.ir.sizes.inputs import tie_sizes
 from graphopt.ir.text import graph_text
 from graphopt.options import BackendOptions, parse_options
 from graphopt.outline import Outlined, compile_outlined
@@ -72,6 +73,7 @@ def rewrite(
     with _timed(seconds, "raise"):
         fold_float_attributes(gm)
         eliminate_dead_code(gm)
+        tie_sizes(gm)
         model = ModelGraph(gm)
         structure, kind = structure_rows(model), model.kind
         ends = ends_text(model)
