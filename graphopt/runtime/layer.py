@@ -49,7 +49,7 @@ class PagedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.full = Pool.like(heads, batch * pages, key_states, value_states, self.kind)
         statistics = (heads, batch * pages, PAGE // LOGICAL, 2, key_states.shape[-1])
-        self.statistics = key_states.new_empty(statistics)
+        self.statistics = torch.empty(statistics, dtype=self.dtype, device=self.device)
         self.selected = self._new((batch, heads, pages), key_states)
         self.selected_at = self._new((batch, heads), key_states)
         # Where tokens may be dropped a layer counts its own: int32 [B].

@@ -40,14 +40,15 @@ class Pool:
 
         No constructor takes the tensors: Dynamo makes an object that a graph leaves
         behind again from its constructor's arguments, and would return them for that.
+        Nor are pages made by a method of the key: a graph would compute them from it.
         """
         pool = Pool()
         pool.keys = _pages(heads, pages, key, kind)
         pool.values = _pages(heads, pages, value, kind)
         if kind in _CODES:
-            shape = (heads, pages, PAGE, 2)
-            pool.key_scales = key.new_empty(shape, dtype=torch.float16)
-            pool.value_scales = key.new_empty(shape, dtype=torch.float16)
+            shape, kept = (heads, pages, PAGE, 2), torch.float16
+            pool.key_scales = torch.empty(shape, dtype=kept, device=key.device)
+            pool.value_scales = torch.empty(shape, dtype=kept, device=key.device)
         return pool
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -58,7 +59,7 @@ class Pool:
 def _pages(heads: int, pages: int, like: Tensor, kind: str) -> Tensor:
     width = like.shape[-1] // (2 if kind == "int4" else 1)
     dtype = _CODES.get(kind, like.dtype)
-    return like.new_empty((heads, pages, PAGE, width), dtype=dtype)
+    return torch.empty((heads, pages, PAGE, width), dtype=dtype, device=like.device)
 
 
 POOL = ("keys", "values", "key_scales", "value_scales")
