@@ -36,10 +36,12 @@ class Call:
     def rows(self, members: Row, possible: list[Row]) -> dict[Row, tuple[Any, ...]]:
         """Return the values at the trial counts for the combinations that work.
 
-        A reshape that keeps tokens whole rules out one that would scramble them.
+        A reshape that keeps tokens whole rules out one that would scramble them, and
+        of those one that keeps their axis rules out one that merges it with others.
         """
         found: dict[Row, tuple[Any, ...]] = {}
         whole: dict[Row, tuple[Any, ...]] = {}
+        apart: dict[Row, tuple[Any, ...]] = {}
         for row in possible:
             chosen = dict(zip(members, row, strict=True))
             sources = {n: self._row(n, chosen) for n in self.node.all_input_nodes}
@@ -48,9 +50,11 @@ class Call:
                 found[row] = result
                 if self._keeps_tokens(sources, result):
                     whole[row] = result
+                    if self._keeps_axes(sources, result):
+                        apart[row] = result
         if not found:
             raise SizeConflictError(self.node, _first_line(self.error))
-        return whole or found
+        return apart or whole or found
 
     def _results(self, sources: dict[fx.Node, Any], chosen: dict[int, int]) -> Any:
         """Return the value at each trial count, or None where one is refused."""
@@ -70,6 +74,16 @@ class Call:
         return all(
             aligned(b.shape, a.shape) for b, a in zip(before, result, strict=True)
         )
+
+    def _keeps_axes(self, sources: dict[fx.Node, Any], result: Any) -> bool:
+        """Tell whether each axis that varies with the token count is still there."""
+        if not is_reshape(self.node):
+            return True
+        before, after = (
+            set(zip(*(x.shape for x in values), strict=True))
+            for values in (sources[self.leaves[0]], result)
+        )
+        return {sizes for sizes in before if len(set(sizes)) > 1} <= after
 
     def _row(self, source: fx.Node, chosen: dict[int, int]) -> Any:
         values = self.equations.values(source)

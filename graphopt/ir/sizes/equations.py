@@ -127,6 +127,23 @@ class SizeEquations:
             self._require(node, members, rows)
         self._values[node] = self._project(Values(members, rows), own.values())
 
+    def require(self, node: fx.Node, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Rule out what gives ``node`` other sizes than ``shapes``, one a trial count.
+
+        Raises SizeConflictError where nothing is left.
+        """
+        values = self.values(node)
+        rows = {
+            row: result
+            for row, result in values.rows.items()
+            if all(tuple(r.shape) == s for r, s in zip(result, shapes, strict=True))
+        }
+        if not rows:
+            raise SizeConflictError(node, f"it cannot have the sizes {shapes[0]}")
+        if len(rows) < len(values.rows):
+            self._require(node, values.unknowns, rows)
+            self._values[node] = Values(values.unknowns, rows)
+
     def _require(self, node: fx.Node, members: Row, rows: Any) -> None:
         try:
             self._solver.require(members, rows)

@@ -69,7 +69,9 @@ class LiteralReadings:
 
     def _readings(self, literal: int | float) -> list[Reading]:
         constant = Reading(sympy.sympify(literal), (literal,) * len(self.counts))
-        if isinstance(literal, float):
+        if self.tokens == 1:  # every number is a multiple of that
+            forms = [(1, 0)] if literal == 1 and isinstance(literal, int) else []
+        elif isinstance(literal, float):
             forms = [(1, 0)] if literal == self.tokens else []
         else:
             forms = self._forms(abs(literal))

@@ -11,7 +11,7 @@ from torch import SymInt, fx
 
 from graphopt import _compat
 from graphopt.errors import PassError
-from graphopt.ir.match import shape_of, size_expr, sizes_of, value_of
+from graphopt.ir.match import size_expr, sizes_of, value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.sizes.slots import TOKENS
 
@@ -47,10 +47,7 @@ class KeptTokens:
         known = token_sizes(self.model)[1](node)
         if known or not self.is_static:
             return known
-        return tuple(
-            TOKENS if size == self.traced else sympy.Integer(size)
-            for size in shape_of(node) or ()
-        )
+        return tuple(TOKENS if s == self.traced else s for s in sizes_of(node))
 
     def _shown(self, gathered: Mapping[fx.Node, fx.Node]) -> tuple[fx.Node, int]:
         for old, new in gathered.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import sympy
@@ -24,18 +24,23 @@ class LaterSizes:
     """The size equations of ``later`` nodes at trial counts of T', with T as traced.
 
     Everything else in the graph keeps its sizes, so that a size which means the keys of
-    an earlier layer has no other reading that fits.
+    an earlier layer has no other reading that fits. Nodes of ``alike`` have the sizes
+    of the first gathered tensor: a layer gives what it got, and nothing broadcasts.
     """
 
-    def __init__(self, kept: KeptTokens, later: Sequence[fx.Node]) -> None:
+    def __init__(
+        self, kept: KeptTokens, later: Sequence[fx.Node], alike: Collection[fx.Node]
+    ) -> None:
         self.kept = kept
+        self.alike = alike
         self.later = later
         self.moved = {*later, *kept.shapes}
         self.inside = set(self.moved)
         self.gm = kept.model.gm
         self.counts = trial_counts(kept.traced, self._taken())
         self.equations = SizeEquations(len(self.counts))
-        offsets = TokenInputs(self.gm, kept.traced).cached if kept.is_static else []
+        solved = kept.is_static and kept.traced > 1
+        offsets = TokenInputs(self.gm, kept.traced).cached if solved else []
         self.literals = LiteralReadings(kept.traced, self.counts, offsets)
 
     def _taken(self) -> set[int]:
@@ -53,16 +58,22 @@ class LaterSizes:
         Raises SizeConflictError where a node cannot run on T' tokens, and PassError
         where both readings of a size fit.
         """
+        known = []
         for node, sizes in self.kept.shapes.items():
-            shapes = [[self.kept.at(s, count) for s in sizes] for count in self.counts]
+            shapes = [
+                tuple(self.kept.at(s, count) for s in sizes) for count in self.counts
+            ]
             like = value_of(node)
-            tensors = [self.equations.runs.tensor(like, tuple(s)) for s in shapes]
+            tensors = [self.equations.runs.tensor(like, s) for s in shapes]
             self.equations.know(node, tensors)
+            known.append(shapes)
         for node in self.later:
             for source in node.all_input_nodes:
                 self._know_outside(source)
             if is_inferred(node):
                 self.equations.visit(node, self._readings(node))
+                if node in self.alike:
+                    self.equations.require(node, known[0])
             else:
                 self.equations.know(node, [None] * len(self.counts))
         return dict(self._changes())
@@ -121,10 +132,18 @@ class LaterSizes:
     def _changes(self) -> Any:
         for number, unknown in enumerate(self.equations.unknowns):
             reading = self.equations.reading(number)
-            if reading is None and not is_factor(self.equations, number):
+            if reading is None and not self._is_number(number):
                 raise PassError(self._open(number))
             if reading is not None and reading is not unknown.readings[0]:
                 yield (unknown.node, unknown.leaf), reading.expr
+
+    def _is_number(self, number: int) -> bool:
+        """Tell whether an open literal stays as it is.
+
+        With one token traced that is any 1 that no size depends on.
+        """
+        one = self.kept.traced == 1 and self.equations.is_inert(number)
+        return one or is_factor(self.equations, number)
 
     def _open(self, number: int) -> str:
         unknown = self.equations.unknowns[number]

@@ -8,7 +8,7 @@ use the gathered tensors, and every later size that means the tokens their numbe
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -29,14 +29,18 @@ from graphopt.ir.tokens.later_sizes import LaterSizes
 
 
 def substitute_tokens(
-    model: ModelGraph, gathered: Mapping[fx.Node, fx.Node]
+    model: ModelGraph,
+    gathered: Mapping[fx.Node, fx.Node],
+    alike: Collection[fx.Node] = (),
 ) -> list[fx.Node]:
     """Replace tensors by their gathered ones in all later nodes; return those nodes.
 
     ``gathered`` maps the residual stream [B, T, H] to [B, T', H], cosines [1, T, D] to
     [1, T', D] or [B, T', D], a mask [B, 1, T, P + T] to [B, 1, T', P + T'], and so on.
     The new nodes are in the graph, with their values; what comes after the last of them
-    is later. The graph's output node keeps what it returned: outputs of earlier layers
+    is later. ``alike`` are later nodes that are known to get the sizes of the first
+    gathered tensor: what layers give, where one token was traced and an axis of 1 may
+    be any. The graph's output node keeps what it returned: outputs of earlier layers
     have all tokens. T' is an int or, in a dynamic graph, a SymInt.
 
     Sizes of earlier tensors, such as the keys of earlier layers, and of computations on
@@ -47,7 +51,7 @@ def substitute_tokens(
     kept = KeptTokens(model, gathered)
     edit = _Edit(model.gm, kept)
     try:
-        return edit.run(gathered)
+        return edit.run(gathered, alike)
     except SizeConflictError as error:
         edit.undo()
         raise PassError(
@@ -72,9 +76,11 @@ class _Edit:
         self._point: Any = None
         self.tried = 0
 
-    def run(self, gathered: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    def run(
+        self, gathered: Mapping[fx.Node, fx.Node], alike: Collection[fx.Node]
+    ) -> list[fx.Node]:
         later, self._point = later_nodes(self.gm.graph, gathered)
-        sizes = LaterSizes(self.kept, later)
+        sizes = LaterSizes(self.kept, later, alike)
         self.tried = sizes.counts[0]
         changes = sizes.solve()
         mode = _compat.fake_mode_of(self.gm)
