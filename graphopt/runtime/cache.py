@@ -16,6 +16,7 @@ from graphopt.runtime.layer import PagedLayer
 from graphopt.runtime.movable import MovableRows
 from graphopt.runtime.pool import Rings
 from graphopt.runtime.rows import Rows, room_for
+from graphopt.runtime.states import HiddenStates
 
 KvDtype = Literal["int8", "int4"]
 Statistics = Literal["spread", "extremes"]
@@ -50,6 +51,8 @@ class Cache(MovableRows, TransformersCache):
     reads rings.
     ``dropping``: each layer counts its own tokens, so that `token-drop` can keep fewer
     in some. Such a model must be compiled with that pass for decoding too.
+    ``hidden_size``: keep the hidden states, of so many channels, of tokens that
+    `token-drop` drops, so that they can come back in later steps (LazyLLM).
 
     Raises ConfigError for values that are no whole pages or name no dtype.
     """
@@ -64,6 +67,7 @@ class Cache(MovableRows, TransformersCache):
         sink: int = 128,
         local: int = 256,
         dropping: bool = False,
+        hidden_size: int | None = None,
     ) -> None:
         super().__init__(layers=[])
         if kv_dtype not in (None, "int8", "int4"):
@@ -84,18 +88,35 @@ class Cache(MovableRows, TransformersCache):
         self.max_tokens, self.kv_dtype = max_tokens, kv_dtype
         self.statistics = statistics
         self.streaming, self.sink, self.local = streaming, sink, local
-        self.dropping = dropping
+        if hidden_size is not None and (dropping or streaming is not None):
+            raise ConfigError(
+                "Cache: hidden_size keeps dropped tokens' places, and neither layers "
+                "that count for themselves (dropping) nor rings (streaming) have them"
+            )
+        self.dropping, self.hidden_size = dropping, hidden_size
+        self.hidden: HiddenStates | None = None
         self.rows = Rows()
         self._last = -1
 
     @classmethod
-    def from_config(cls, config: Any, **options: Any) -> Cache:
+    def from_config(cls, config: Any, model: Any = None, **options: Any) -> Cache:
         """Make the cache that a pass config asks for; ``options`` take precedence.
 
-        ``config`` is what `graphopt.compile` takes. Raises ConfigError for a bad one.
+        ``config`` is what `graphopt.compile` takes. ``model``: the transformers model,
+        whose hidden size a pass may need that lets dropped tokens come back
+        (``revive``). Raises ConfigError for a bad config, and without a model where it
+        is needed.
         """
-        found = wanted_by(config) or {}
-        return cls(**{**found, **options})
+        found = {**(wanted_by(config) or {}), **options}
+        if found.pop("reviving", False) and "hidden_size" not in options:
+            if model is None:
+                raise ConfigError(
+                    "Cache.from_config: the pass config revives dropped tokens, whose "
+                    "hidden states have the model's size: give model=..., or set "
+                    "revive = false in it"
+                )
+            found["hidden_size"] = model.config.get_text_config().hidden_size
+        return cls(**found)
 
     def update(
         self,
@@ -146,12 +167,23 @@ class Cache(MovableRows, TransformersCache):
         if rows.tokens + new > rows.capacity:
             self._grow(rows.tokens + new)
         rows.begin(new)
+        if self.hidden_size is not None:
+            if self.hidden is None:
+                self.add_states(key)
+            assert self.hidden is not None and rows.past is not None
+            self.hidden.hold(rows.past, new)
 
     def allocate(self, batch: int, tokens: int, device: torch.device) -> None:
         """Give ``batch`` empty rows room for ``tokens`` tokens, or ``max_tokens``."""
         limit = self.max_tokens
         pages = room_for(tokens) if limit is None else pages_of(limit)
         self.rows.allocate(batch, pages, device)
+
+    def add_states(self, like: Tensor) -> None:
+        """Make room for dropped tokens' hidden states, of the dtype of ``like``."""
+        assert self.rows.table is not None and self.hidden_size is not None
+        batch, room = self.rows.table.shape[0], self.rows.capacity
+        self.hidden = HiddenStates.like(batch, room, self.hidden_size, like)
 
     def _grow(self, tokens: int) -> None:
         if self.max_tokens is not None:
@@ -164,11 +196,15 @@ class Cache(MovableRows, TransformersCache):
         self.rows.grow(pages)
         for layer in self.paged_layers():
             layer.grow(batch, pages)
+        if self.hidden is not None:
+            self.hidden.grow(self.rows.capacity)
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all pages, statistics and scales."""
-        return sum(t.nbytes for layer in self.paged_layers() for t in layer.tensors())
+        """Return the bytes of all pages, statistics, scales and hidden states."""
+        kept = [t for layer in self.paged_layers() for t in layer.tensors()]
+        kept += [] if self.hidden is None else self.hidden.tensors()
+        return sum(t.nbytes for t in kept)
 
     def save(self, path: str | Path) -> None:
         """Write the tokens' keys and values to a safetensors file."""

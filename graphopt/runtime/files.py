@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 _FORMAT = "graphopt-cache-1"
 _OPTIONS = (
     *("max_tokens", "kv_dtype", "statistics"),
-    *("streaming", "sink", "local", "dropping"),
+    *("streaming", "sink", "local", "dropping", "hidden_size"),
 )
+_HIDDEN = ("states", "depth", "positions")
 
 
 def save(cache: Cache, path: str | Path) -> None:
@@ -40,6 +41,9 @@ def save(cache: Cache, path: str | Path) -> None:
         for name, pool, is_whole in _pools(layer):
             kept = pool if is_whole else pool[:, used].flatten(1, 2)
             tensors[f"{index}.{name}"] = kept.contiguous()
+    if cache.hidden is not None:
+        for name, tensor in zip(_HIDDEN, cache.hidden.tensors(), strict=True):
+            tensors[f"hidden.{name}"] = tensor[:, : rows.tokens].contiguous()
     options = {name: getattr(cache, name) for name in _OPTIONS}
     about = {"format": _FORMAT, "layers": len(cache.layers), "options": options}
     dtypes = [str(layer.dtype).removeprefix("torch.") for layer in cache.layers]
@@ -64,7 +68,17 @@ def load(kind: type[Cache], path: str | Path, device: str | torch.device) -> Cac
         layer = cache.new_layer(index)
         cache.layers.append(layer)
         _fill(layer, index, tensors, getattr(torch, dtype), len(lengths))
+    if cache.hidden_size is not None:
+        cache.add_states(tensors["hidden.states"])
+        _fill_states(cache, tensors)
     return cache
+
+
+def _fill_states(cache: Cache, tensors: dict[str, Tensor]) -> None:
+    assert cache.hidden is not None
+    for name, tensor in zip(_HIDDEN, cache.hidden.tensors(), strict=True):
+        stored = tensors[f"hidden.{name}"]
+        tensor[:, : stored.shape[1]].copy_(stored)
 
 
 def _fill_rows(cache: Cache, lengths: Tensor) -> None:

@@ -12,6 +12,7 @@ from graphopt.ops.pages import PAGE
 from graphopt.runtime.layer import PagedLayer
 from graphopt.runtime.moves import own_all_pages, reorder
 from graphopt.runtime.rows import Rows, home
+from graphopt.runtime.states import HiddenStates
 
 
 class MovableRows:
@@ -19,6 +20,7 @@ class MovableRows:
 
     rows: Rows
     layers: list[PagedLayer]
+    hidden: HiddenStates | None
 
     def paged_layers(self) -> list[PagedLayer]:
         """Return the layers that have pages already."""
@@ -35,6 +37,8 @@ class MovableRows:
         rows.ragged = rows.shared = False
         for layer in self.paged_layers():
             layer.reset()
+        if self.hidden is not None:
+            self.hidden.forget()
 
     def crop(self, tokens_to_remove: int | Sequence[int]) -> None:
         """Forget the last tokens: so many of every row, or of each.
@@ -60,11 +64,13 @@ class MovableRows:
             layer.forget_choice()
             if layer.lengths is not None:
                 layer.lengths.copy_(rows.lengths)
+        if self.hidden is not None:
+            self.hidden.crop(rows.lengths)
 
     def _check_crop(self, lengths: Sequence[int]) -> None:
         assert self.rows.lengths is not None
         before = self.rows.lengths.tolist()
-        if self.has_dropped() and lengths != before:
+        if self._counts_differ() and lengths != before:
             raise ConfigError(
                 "Cache.crop: tokens were dropped from it, and which of the rest are "
                 "newest differs by layer; reset the cache, or crop before that"
@@ -84,7 +90,9 @@ class MovableRows:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row b go on as row ``beam_idx[b]`` was, for beam search."""
-        if self.rows.lengths is not None:
+        if self.hidden is not None:  # a token that comes back is written to its page
+            self.batch_select_indices(beam_idx)
+        elif self.rows.lengths is not None:
             reorder(self.rows, self.paged_layers(), beam_idx.to(self.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -96,12 +104,17 @@ class MovableRows:
         """Keep the rows ``indices`` only, in their order; a row may come twice."""
         if self.rows.lengths is not None:
             places = torch.arange(self.batch_size, device=self.device)
-            own_all_pages(
-                self.rows, self.paged_layers(), places[indices.to(self.device)]
-            )
+            source = places[indices.to(self.device)]
+            own_all_pages(self.rows, self.paged_layers(), source)
+            if self.hidden is not None:
+                self.hidden.select(source)
 
     def has_dropped(self) -> bool:
-        """Tell whether some layer holds fewer tokens than came (`token-drop`)."""
+        """Tell whether some layer lacks some of the tokens (`token-drop`)."""
+        gone = self.hidden is not None and self.hidden.lost()
+        return gone or self._counts_differ()
+
+    def _counts_differ(self) -> bool:
         came = self.rows.lengths
         own = [layer.lengths for layer in self.paged_layers()]
         counted = [n for n in own if n is not None]

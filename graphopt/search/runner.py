@@ -17,6 +17,7 @@ from torch import fx
 from graphopt.backend import rewrite
 from graphopt.errors import PassError
 from graphopt.ir.copying import copy_module
+from graphopt.ir.sizes.inputs import tie_sizes
 from graphopt.options import parse_options
 
 Edit = Callable[[fx.GraphModule], None]
@@ -78,6 +79,7 @@ class GraphRunner:
     def _capture(
         self, gm: fx.GraphModule, inputs: list[Any]
     ) -> Callable[..., tuple[Any, ...]]:
+        tie_sizes(gm)  # while Dynamo still takes guards
         versions: dict[str, tuple[Edit, fx.GraphModule]] = {}
 
         def run(*arguments: Any) -> tuple[Any, ...]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from graphopt.ir.attention.pages import may_drop, read_of, replace_by_pages
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.tokens.drop import Drop
+from graphopt.ir.tokens.revive import revive_tokens
 from graphopt.passes.base import PassResult
+from graphopt.passes.tokens.schedule import Step
 from graphopt.remarks import Remark, applied, missed
 
 # More pages than any cache has: every token that a layer kept is read.
@@ -17,6 +22,20 @@ def decode_kept(model: ModelGraph) -> PassResult:
     remarks = [_visit(model, site) for site in model.attention]
     changed = any(r.kind == "applied" for r in remarks)
     return PassResult(changed, tuple(remarks), {"sites": len(remarks)})
+
+
+def decode_revived(model: ModelGraph, plan: Sequence[Step]) -> tuple[Remark, ...]:
+    """Let dropped tokens come back; PassError where the graph cannot follow."""
+    revive_tokens(model, [Drop(step.layer, step.keep, None) for step in plan])
+    return tuple(
+        applied(
+            f"layer[{step.layer}]",
+            f"chooses {float(step.alive):.3g} of all tokens afresh; those that were "
+            "dropped come back",
+            alive=float(step.alive),
+        )
+        for step in plan
+    )
 
 
 def _visit(model: ModelGraph, site: AttentionSite) -> Remark:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -24,9 +25,16 @@ from graphopt.ir.tokens.drop import (
     returns_tokens,
     spread_scores,
 )
+from graphopt.ir.tokens.returning import (
+    Returning,
+    holding,
+    note_tokens,
+    positions_of,
+    write_at_places,
+)
 from graphopt.ir.vision.span import LanguageGraph
 from graphopt.passes.base import PassContext, PassResult, option
-from graphopt.passes.tokens.decode import decode_kept
+from graphopt.passes.tokens.decode import decode_kept, decode_revived
 from graphopt.passes.tokens.schedule import DropPoint, Step, steps
 from graphopt.passes.tokens.vision import NO_VISION, drop_vision_tokens, must_points
 from graphopt.passes.tokens.vision_options import VisionOptions
@@ -116,51 +124,102 @@ class TokenDrop(VisionOptions):
         "what each layer of a graphopt.Cache keeps: the tokens that reached it, or "
         "only those that live to the end; must: final, others: layer",
     )
+    revive: bool = option(
+        False,
+        "lazy: choose afresh among all tokens at every decoding step; the cache keeps "
+        "the hidden states of those that were dropped",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         """Points that contradict each other in every model are an error of a config."""
         if all(point.layer is not None for point in self.schedule):
             steps(self.schedule, 1 << 30)
+        if self.revive and (self.method != "lazy" or self.cache is not None):
+            raise ValueError(
+                "revive = true needs method = 'lazy', whose choice is made at every "
+                "step, and no cache option: all tokens keep their places"
+            )
         return self
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Insert the drops, the deepest first; decoding reads what layers kept."""
         if model.kind == "decode" and model.caches:
-            return decode_kept(model)
+            return self._decode(model)
         language = LanguageGraph(model.gm)
         if self._on_vision and language.span is None:
             return PassResult(False, (missed("graph", "no-vision", NO_VISION),))
         model = language if language.span is not None else model
-        if refusal := _refusal(model):
+        if refusal := _refusal(model) or self._cannot_revive(model):
             return PassResult(False, (missed("graph", *refusal),))
-        try:
-            plan = steps(self._points(len(model.layers)), len(model.layers))
-        except ValueError as error:
-            return PassResult(False, (failure("schedule", str(error)),))
-        plan = [step for step in plan if step.keep < 1]
-        if not plan:
-            reason = "the schedule keeps every token"
-            return PassResult(False, (missed("graph", "keeps-all", reason),))
+        plan = self._plan(model)
+        if isinstance(plan, Remark):
+            return PassResult(False, (plan,))
         if reason := _windowed(model, plan[0].layer):
             return PassResult(False, (missed("graph", "model-window", reason),))
         if len(plan) > 1 and not isinstance(model.tokens, SymInt):
             reason = "several drops need a prompt length that varies: dynamic=True"
             return PassResult(False, (missed("graph", "fixed-length", reason),))
+        return self._whole(model, lambda: self._prefill(model, plan))
+
+    def _plan(self, model: ModelGraph) -> list[Step] | Remark:
+        """Return the steps that drop something, or why there is none."""
+        layers = len(model.layers)
+        try:
+            plan = steps(self._points(layers), layers)
+        except ValueError as error:
+            return failure("schedule", str(error))
+        plan = [step for step in plan if step.keep < 1]
+        return plan or missed("graph", "keeps-all", "the schedule keeps every token")
+
+    def _whole(
+        self, model: ModelGraph, edit: Callable[[], tuple[Remark, ...]]
+    ) -> PassResult:
+        """Make all of an edit or nothing."""
         before = copy_graph(model.gm.graph)
         try:
-            if model.caches:
-                count_by_keys(model)
-            remarks = self._drop(model, plan)
-            self._keep_in_cache(type(model)(model.gm), plan)
+            remarks = edit()
         except PassError as error:
-            model.gm.graph = before  # all of a schedule or nothing
+            model.gm.graph = before
             return PassResult(False, (missed("graph", "cannot-follow", str(error)),))
         return PassResult(True, remarks, {"sites": len(remarks)})
 
+    def _prefill(self, model: ModelGraph, plan: list[Step]) -> tuple[Remark, ...]:
+        if holding(model.gm) is not None:
+            position = positions_of(model, plan[0].layer + 1)
+            returning = note_tokens(model, position)
+            write_at_places(model, model.attention[plan[0].layer + 1 :], returning)
+            return self._drop(type(model)(model.gm), plan, returning)
+        if model.caches:
+            count_by_keys(model)
+        remarks = self._drop(model, plan)
+        self._keep_in_cache(type(model)(model.gm), plan)
+        return remarks
+
+    def _decode(self, model: ModelGraph) -> PassResult:
+        """Let tokens come back where the cache has their hidden states."""
+        if holding(model.gm) is None:
+            return decode_kept(model)
+        plan = self._plan(model)
+        if isinstance(plan, Remark):
+            return PassResult(False, (plan,))
+        if refusal := self._cannot_revive(model):
+            return PassResult(False, (missed("graph", *refusal),))
+        return self._whole(model, lambda: decode_revived(model, plan))
+
+    def _cannot_revive(self, model: ModelGraph) -> tuple[str, str] | None:
+        held = holding(model.gm) is not None
+        if held and (self.method != "lazy" or self.revive is False):
+            why = "this cache keeps hidden states, and no token is to come back"
+            return "cache", f"{why}: Cache.from_config(config) makes one without"
+        if model.caches and self.revive and not held:
+            why = "this cache keeps no hidden states of dropped tokens"
+            return "cache", f"{why}: Cache.from_config(config, model)"
+        return None
+
     def cache_options(self) -> dict[str, Any]:
         """Return the arguments of the `graphopt.Cache` for this pass."""
-        return {"dropping": True}
+        return {"reviving": True} if self.revive else {"dropping": True}
 
     def _keep_in_cache(self, model: ModelGraph, plan: list[Step]) -> None:
         if not model.caches:
@@ -181,13 +240,16 @@ class TokenDrop(VisionOptions):
         default = _FASTV if self.method == "fastv" else _LAZY
         return self.schedule or list(default)
 
-    def _drop(self, model: ModelGraph, plan: list[Step]) -> tuple[Remark, ...]:
+    def _drop(
+        self, model: ModelGraph, plan: list[Step], returning: Returning | None = None
+    ) -> tuple[Remark, ...]:
         if self._on_vision:
             return drop_vision_tokens(model.gm, self.method, self, plan)
         scores = self._scores(model, plan)
-        for step in reversed(plan):
+        for number, step in reversed(list(enumerate(plan))):
             pool = self.method == "pool"
-            drop = Drop(step.layer, step.keep, scores[step.layer], pool)
+            left = None if returning is None else (returning, number)
+            drop = Drop(step.layer, step.keep, scores[step.layer], pool, left)
             drop_tokens(type(model)(model.gm), drop)
         return tuple(
             applied(

@@ -20,6 +20,30 @@ _STATE = 3  # statistics, selected, selected_at
 _ALL_TOKENS = 20  # of read_pages, where layers may drop tokens
 
 
+@dataclass(frozen=True)
+class PageRead:
+    """What a ``graphopt::read_pages`` node reads: every token of a layer without rings.
+
+    ``tokens`` counts those of the longest row, those of the running call too.
+    """
+
+    key_pages: Any
+    value_pages: Any
+    key_scales: Any
+    value_scales: Any
+    table: Any
+    past: Any
+    tokens: Any
+
+    @staticmethod
+    def of(read: fx.Node) -> PageRead | None:
+        """Return the parts of ``read``; None where streaming heads keep rings."""
+        if read.args[10]:
+            return None
+        parts = (*read.args[:5], read.args[_HELD - 2], read.args[_HELD + _STATE])
+        return PageRead(*parts)
+
+
 def read_of(site: AttentionSite) -> fx.Node | None:
     """Return the node that reads key and value of ``site`` out of pages, or None."""
     reads = [_read(node, place) for place, node in enumerate((site.key, site.value))]
@@ -45,14 +69,14 @@ def replace_by_pages(
     state = read.args[: _HELD + _STATE]
     with gm.graph.inserting_before(site.node):
         mask, _, scale, softcap, _ = shared_arguments(gm.graph, site, 0)
-        _size_without_reading(read)
+        size_without_reading(read)
         mask = _visible(gm.graph, read, mask)
         args = (site.query, *state, mask, budget, interval, scale, softcap)
         node = call(gm.graph, torch.ops.graphopt.page_attention.default, args)
     return substitute(gm, site.node, node)
 
 
-def _size_without_reading(read: fx.Node) -> None:
+def size_without_reading(read: fx.Node) -> None:
     """Take the number of keys from the argument of ``read``, not from what it reads."""
     tokens = read.args[_HELD + _STATE]
     for keys in list(read.users):

@@ -11,14 +11,15 @@ from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.caches.state import CacheState
 from graphopt.ir.match import op_name
 
-_POOLS = (4, 5)  # where append_pages has the pools of keys and of values
+_WRITES = ("graphopt.append_pages", "graphopt.write_tokens")
+_POOLS = (4, 5)  # where they have the pools of keys and of values
 
 
 class PageWrites:
-    """The ``graphopt::append_pages`` nodes of a graph, by the pool of keys."""
+    """The nodes of a graph that write to pages, by the pool of keys."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        found = (n for n in graph.nodes if op_name(n) == "graphopt.append_pages")
+        found = (n for n in graph.nodes if op_name(n) in _WRITES)
         self._by_pool = {node.args[_POOLS[0]]: node for node in found}
 
     def append_of(self, site: AttentionSite) -> fx.Node | None:

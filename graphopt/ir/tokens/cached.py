@@ -19,6 +19,7 @@ from graphopt.ir.caches.pages import PageWrites
 from graphopt.ir.match import argument, op_name, value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import call, key_mask_of
+from graphopt.ir.tokens.returning import holding
 
 _ops = torch.ops.graphopt
 _KEY, _VALUE, _PAST, _POOL, _RING = 0, 1, 2, 4, 10  # arguments of append_pages
@@ -36,6 +37,8 @@ def cache_refusal(model: ModelGraph) -> str:
     appends = [_append(model, site) for site in model.attention]
     if any(read_of(site) for site in model.attention):
         return "the cache holds tokens already; only a first prompt drops some"
+    if holding(model.gm) is not None:
+        return ""
     if any(node is None or _counter(node) is None for node in appends):
         return "this cache counts once for all layers: Cache.from_config(config)"
     if any(argument(node, _RING, "ring_pages", 0) != 0 for node in appends if node):

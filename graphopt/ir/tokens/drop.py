@@ -18,6 +18,7 @@ from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import call, key_mask_of
 from graphopt.ir.stream.layers import Layer
 from graphopt.ir.tokens.kept import token_sizes
+from graphopt.ir.tokens.returning import Returning
 from graphopt.ir.tokens.substitute import substitute_tokens
 from graphopt.ir.vision.span import descendants
 
@@ -30,12 +31,14 @@ class Drop:
 
     ``scores`` [B, S] is a node of scores of the tokens that reach the layer; None takes
     tokens at equal distances. ``pool`` averages neighbours into that many instead.
+    ``left``: where those that go leave their hidden states, and the number of the drop.
     """
 
     layer: int
     keep: Fraction
     scores: fx.Node | None
     pool: bool = False
+    left: tuple[Returning, int] | None = None
 
 
 def attention_scores(model: ModelGraph, layer: Layer) -> fx.Node:
@@ -71,6 +74,9 @@ def drop_tokens(model: ModelGraph, drop: Drop) -> None:
     crossing = _crossing(model, point)
     with graph.inserting_before(point):
         kept = _kept(graph, layer, drop)
+        if drop.left is not None:
+            returning, number = drop.left
+            returning.leave(graph, stream, kept, number)
         gathered = {}
         for node in crossing:
             if drop.pool and node is stream:
@@ -100,7 +106,7 @@ def _kept(graph: fx.Graph, layer: Layer, drop: Drop) -> fx.Node:
     """Insert the places of the tokens that stay, [B, S']."""
     stream, scores = stream_behind(layer), drop.scores
     mask = key_mask_of(graph, layer.attention)
-    count = _count(graph, stream, drop.keep)
+    count = kept_count(graph, stream, drop.keep)
     if drop.pool:
         return call(graph, _ops.pool_places.default, (stream, count, mask))
     even = scores is None
@@ -139,8 +145,8 @@ def _crossing(model: ModelGraph, point: fx.Node) -> list[fx.Node]:
     ]
 
 
-def _count(graph: fx.Graph, stream: fx.Node, keep: Fraction) -> fx.Node:
-    """Insert ceil(keep * S), from the size of ``stream``: it follows earlier drops."""
+def kept_count(graph: fx.Graph, stream: fx.Node, keep: Fraction) -> fx.Node:
+    """Insert ceil(keep * S), from the size of ``stream`` [B, S, ...]."""
     tokens = _number(graph, torch.ops.aten.sym_size.int, stream, 1)
     scaled = _number(graph, operator.mul, tokens, keep.numerator)
     raised = _number(graph, operator.add, scaled, keep.denominator - 1)

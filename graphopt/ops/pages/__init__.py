@@ -4,6 +4,7 @@ from graphopt.ops.pages.append import append_reference
 from graphopt.ops.pages.attention import page_attention_reference
 from graphopt.ops.pages.held import Held, PageSet
 from graphopt.ops.pages.layout import LOGICAL, PAGE, pages_of
+from graphopt.ops.pages.places import place_attention, place_scores, write_tokens
 from graphopt.ops.pages.read import read_reference
 
 __all__ = [
@@ -14,5 +15,8 @@ __all__ = [
     "append_reference",
     "page_attention_reference",
     "pages_of",
+    "place_attention",
+    "place_scores",
     "read_reference",
+    "write_tokens",
 ]

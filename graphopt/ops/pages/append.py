@@ -50,16 +50,17 @@ def append_reference(
     """Append in plain ATen, on any device; arguments as in the module."""
     new, pages = key.shape[2], key_pages.shape[1]
     page, slot = places(past, new, table, pages, sink_pages, ring_pages)
-    _store(key, key_pages, key_scales, page, slot)
-    _store(value, value_pages, value_scales, page, slot)
+    store(key, key_pages, key_scales, page, slot)
+    store(value, value_pages, value_scales, page, slot)
     if statistics is not None:
         judge = _extremes if extremes else _spread
         _update(statistics, key_pages, key_scales, past, new, table, judge)
 
 
-def _store(
+def store(
     x: Tensor, pages: Tensor, scales: Tensor | None, page: Tensor, slot: Tensor
 ) -> None:
+    """Write x [B, H, S, D] to ``page`` and ``slot`` [B, S] of a pool."""
     x = x.transpose(0, 1)
     if scales is not None:
         x, new_scales = encode(x, pages)

@@ -32,18 +32,13 @@ def token_scores(
     that is not padding. ``window`` of 0 means none. Float32 at least; padding gets 0.
     Reads keys once: no S x S tensor.
     """
-    wide = torch.promote_types(query.dtype, torch.float32)
-    tokens, groups = key.shape[2], query.shape[1] // key.shape[1]
+    tokens = key.shape[2]
     if key_mask is None:
         rows = query[:, :, -1]
     else:
         batch, heads, _, dim = query.shape
         last = last_tokens(key_mask)[:, None, None, None]
         rows = query.gather(2, last.expand(batch, heads, 1, dim))[:, :, 0]
-    grouped = rows.to(wide).unflatten(1, (key.shape[1], groups))
-    logits = grouped @ key.to(wide).transpose(2, 3) * scale  # [B, Hkv, G, S]
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
     place = torch.arange(tokens, device=key.device)
     if key_mask is None:
         hidden = (place < tokens - window) if window else None
@@ -52,6 +47,21 @@ def token_scores(
         if window:
             hidden = hidden | (place <= last_tokens(key_mask)[:, None] - window)
         hidden = hidden[:, None, None]
+    return row_scores(rows, key, hidden, scale, softcap)
+
+
+def row_scores(
+    rows: Tensor, key: Tensor, hidden: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Return the attention of one query row to each key, the mean over heads, [B, S].
+
+    rows [B, Hq, D], key [B, Hkv, S, D]; ``hidden`` broadcasts to [B, Hkv, G, S].
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    grouped = rows.to(wide).unflatten(1, (key.shape[1], -1))
+    logits = grouped @ key.to(wide).transpose(2, 3) * scale  # [B, Hkv, G, S]
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     if hidden is not None:
         logits = logits.masked_fill(hidden, float("-inf"))
     return logits.softmax(-1).mean((1, 2))
