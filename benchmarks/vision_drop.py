@@ -45,6 +45,7 @@ from graphopt.cli.example_inputs import encoder_in_graph
 from graphopt.search.runner import GraphRunner
 
 BASELINES = ("fastv", "random", "pool", "uniform")
+BY_BOUNDS = "mode=threshold,similarity=1.0,"  # by thresholds alone, nothing merges
 PRESETS = ("192", "128", "64")
 # Tried on the validation canvases: the share of the key set, and the ratio of the
 # individual threshold to the global one. The first are the pass's defaults.
@@ -89,7 +90,7 @@ def _accuracy(sizes: Sizes) -> list[dict[str, Any]]:
         names |= {name: config(name, share) for name in BASELINES}
         for name, text in names.items():
             rows.append(_row(asked, name, text, shown, sizes.batch))
-        text = config(MUST, share, f"mode=threshold,{options}")
+        text = config(MUST, share, f"{BY_BOUNDS}{options}")
         rows.append(_row(asked, THRESHOLD, text, shown, 1, share))
     for preset in PRESETS if len(sizes.shares) > 1 else ():
         text = config(MUST, 0.5, f'mode=threshold,preset="{preset}",')
