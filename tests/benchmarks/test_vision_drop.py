@@ -24,7 +24,7 @@ def test_counts_are_those_of_the_shares():
     assert [count(576, share) for share in SHARES[1:]] == [192, 128, 64]
 
 
-def test_methods_keep_as_many_and_thresholds_as_many_on_average():
+def test_tuned_thresholds_keep_the_count_on_average():
     """All of it at batch 1: one capture serves."""
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(tiny.config(layers=3)).eval()
@@ -36,13 +36,12 @@ def test_methods_keep_as_many_and_thresholds_as_many_on_average():
         own = config("must", share, f"{vision_drop.BY_BOUNDS}{options}")
         kept = {
             DENSE: asked.answers(LOSSLESS, shown, 1).kept,
-            "pool": asked.answers(config("pool", share), shown, 1).kept,
             "threshold": asked.answers(own, shown, 1).kept,
         }
         given = inputs(shown[:1])
         dense = predicted(asked.runner, LOSSLESS, given)
         part = predicted(asked.runner, config("must", share), given)
-    assert kept == {DENSE: 144.0, "pool": 32.0, "threshold": 32.0}
+    assert kept == {DENSE: 144.0, "threshold": 32.0}
     # Two of three layers run on all tokens, one on 32 and the 13 of the text.
     tokens = given["input_ids"].shape[1]
     linear = (2 * tokens + tokens - 112) / (3 * tokens)

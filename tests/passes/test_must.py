@@ -13,7 +13,7 @@ from torch import fx
 from graphopt.backend import rewrite
 from graphopt.ir.match import op_name
 from graphopt.options import parse_options
-from tests.models import capture, copy_graph
+from tests.models import TINY, capture, copy_graph
 from tests.vision_configs import IMAGE, PATCHES, encoded, pixels, prompt, vision_model
 from tests.vision_oracle import Rule, chosen_windows, eager, key_set, run_rows
 
@@ -128,7 +128,7 @@ def test_baselines_on_vision_tokens(method):
 
 
 def test_merged_windows():
-    inputs, _, graph = llava()
+    inputs, dense, graph = llava()
     twin, images = model_of()[1], inputs["pixel_values"]
     plan = [(0, Fraction(1, 2)), (2, Fraction(1, 5))]
     windows = chosen_windows(twin, images, 2)
@@ -139,8 +139,9 @@ def test_merged_windows():
     out, codes = rewritten(graph, must("merge_share=0.5,", points))
     close(out, expected)
     assert ("analysis", "merged") in codes
-    _, codes = rewritten(graph, must("merge_share=0.5,"))
+    out, codes = rewritten(graph, must("merge_share=0.5,"))
     assert codes == {("missed", "cannot-follow")}  # 20 of 36 are left, 22 are to live
+    close(out, dense)  # nor do windows merge
 
 
 @pytest.mark.parametrize("bounds", [(0.03, 0.1), (0.04, 0.3)])
@@ -285,6 +286,16 @@ def spatial_positions(rows, vision):
         places[:, row, first + vision :] = first + 6 + torch.arange(rest)
         places[:, row] *= real
     return places
+
+
+def test_graph_diff(graph_diff):
+    """The language model's first layer: scores, ranks, and what is taken behind it."""
+    model, inputs = TINY["llava"](), prompt([24, 20], [[3], [2]], 16)
+    inputs["pixel_values"] = torch.rand(2, 3, 32, 32)
+    warm(model, inputs)
+    config = must(points="schedule=[{layer=0,keep=0.25}]")
+    text = graph_diff(model, config, "token-drop-must", layer=0, **inputs, **ASKED)
+    assert "graphopt.dual_scores(" in text
 
 
 def test_prompts_without_images_stay_as_they_are():

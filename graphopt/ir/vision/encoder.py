@@ -12,6 +12,10 @@ from graphopt.ir.vision.span import VisionSpan, VisionWrite
 
 _IMAGE_AXES = 4  # images, channels, height, width
 _PATCH_AXES = 3  # images, patches, channels
+_ELSEWHERE = (
+    "the images' encoder is in another graph: `generate` runs it before the prefill, a "
+    "call of the model with pixel_values has it in the graph"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def find_encoder(
     behind = _ancestors(write.features)
     sites = [s for s in find_attention(gm) if s.node in behind]
     if not sites:
-        return None, "the images' encoder is in another graph"
+        return None, _ELSEWHERE
     grid = _grid(behind)
     if grid is None:
         return None, "no convolution cuts the images into a grid of patches"
