@@ -33,6 +33,15 @@ def pages_step(shape: AttentionShape, budget: int, interval: int) -> Cost:
     return Cost(flops, _kv_bytes(shape, seen) + _kv_bytes(shape, judged))
 
 
+def places_step(shape: AttentionShape, seen: int) -> Cost:
+    """Return the cost of attending from one token to ``seen`` chosen ones.
+
+    They are copied out; tokens that come back to join a step depend on the text.
+    """
+    seen = sympy.Integer(seen)
+    return Cost(_flops(shape, seen), _COPY * _kv_bytes(shape, seen))
+
+
 def ring_step(shape: AttentionShape, pages: int) -> Cost:
     """Return the cost of heads that read a ring of ``pages`` pages."""
     seen = sympy.Min(TOKENS, pages * PAGE)

@@ -91,7 +91,7 @@ def _measure(job: Job, forced: list[int]) -> Outcome:
     prompt = torch.tensor([job.prompt], device=device)
     with torch.no_grad():
         start = time.perf_counter()
-        new_cache = _cache_of(job)
+        new_cache = _cache_of(job, loaded.model)
         _generate(model, prompt, 3, (), new_cache())
         warm = time.perf_counter() - start
         reset_peak()
@@ -108,7 +108,7 @@ def _measure(job: Job, forced: list[int]) -> Outcome:
     return outcome
 
 
-def _cache_of(job: Job) -> Callable[[], Any]:
+def _cache_of(job: Job, model: Any) -> Callable[[], Any]:
     """Return what makes the cache that the config's passes need, else None."""
     from graphopt.runtime.cache import Cache, wanted_by
 
@@ -116,7 +116,7 @@ def _cache_of(job: Job) -> Callable[[], Any]:
     if asked is None:
         return lambda: None
     room = len(job.prompt) + job.max_new_tokens
-    return lambda: Cache(max_tokens=room, **asked)
+    return lambda: Cache.from_config(job.config, model, max_tokens=room)
 
 
 def use_backend(model: Any, backend: str, config: str | None) -> None:

@@ -23,7 +23,7 @@ from graphopt.cli.layer_cost import SizesAt, layer_costs
 from graphopt.cli.site_cost import site_figures
 from graphopt.codegen.triton.spec import AttentionSpec
 from graphopt.errors import GraphoptError, ModelError
-from graphopt.ir.attention.pages import PagedSite, read_of
+from graphopt.ir.attention.pages import PagedSite, PlacedSite, read_of
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.dce import eliminate_dead_code
 from graphopt.ir.model_graph import ModelGraph
@@ -85,7 +85,7 @@ def _run(model: Any, inputs: dict[str, Any], config: str | None) -> None:
     if asked is None or not inputs.get("use_cache"):
         model(**inputs)
         return
-    cache = Cache(**asked)
+    cache = Cache.from_config(config, model)
     model(**inputs, past_key_values=cache)
     token = {"input_ids": torch.zeros((1, 1), dtype=torch.int64)}
     step = {k: v for k, v in inputs.items() if k != "pixel_values"} | token
@@ -113,7 +113,9 @@ def _recorder(
         rewritten = [s for s in after.attention if s.form == "op"]
         found.reads_pages |= any(isinstance(s, PagedSite) for s in rewritten)
         found.kernels |= {
-            kernel_spec(s) for s in rewritten if not isinstance(s, PagedSite)
+            kernel_spec(site)
+            for site in rewritten
+            if not isinstance(site, (PagedSite, PlacedSite))
         }
         found.reports.append(report)
         found.costs.append(_beside(costs, _costs(after, at, copied), "site"))
@@ -131,7 +133,7 @@ def _costs(model: ModelGraph, at: SizesAt, copied: set[int]) -> list[dict[str, A
 
 
 def _figures(site: AttentionSite, at: SizesAt, copied: set[int]) -> dict[str, Any]:
-    if statically_known_true(site.query_len == 1):
+    if isinstance(site, PlacedSite) or statically_known_true(site.query_len == 1):
         return step_figures(site, at.tokens, site.index in copied)
     return site_figures(site, at.of(site.query_len))
 

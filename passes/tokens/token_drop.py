@@ -57,12 +57,14 @@ class TokenDrop(VisionOptions):
     that its last token pays them there, the mean over heads, and only the best go on
     (``lazy``). They stay in order and keep their positions; the last token always
     stays, padding goes first. While decoding, each layer attends to what reached it, or
-    to what lives to the end (``cache``). Scores are a side operator that reads the keys
-    once, so attention keeps its fast kernel. ``fastv`` ranks once, at the first point;
-    ``random`` and ``uniform`` (equal distances) look at no token, ``pool`` averages
-    neighbours into as many: what a method has to beat. Approximate; a schedule that
-    keeps everything leaves the graph as it is. Pays where a prompt is long and only its
-    last tokens' predictions are asked for.
+    to what lives to the end (``cache``); with ``revive`` every step chooses afresh
+    among all tokens, and those that were dropped go on from the hidden states they had.
+    Scores are a side operator that reads the keys once, so attention keeps its fast
+    kernel. ``fastv`` ranks once, at the first point; ``random`` and ``uniform`` (equal
+    distances) look at no token, ``pool`` averages neighbours into as many: what a
+    method has to beat. Approximate; a schedule that keeps everything leaves the graph
+    as it is. Pays where a prompt is long and only its last tokens' predictions are
+    asked for.
 
     ``must`` (MustDrop) and ``tokens = "vision"`` drop vision tokens alone, those in
     whose places image features are written among the embeddings; shares are of them.
@@ -95,8 +97,8 @@ class TokenDrop(VisionOptions):
     - ``keeps-all``: the schedule keeps every token;
     - ``schedule``: it names layers that the model does not have;
     - ``cache``: keys are kept for decoding in a cache that counts tokens once for all
-      layers (`graphopt.Cache.from_config` makes one that does not), or that holds some
-      already;
+      layers (`graphopt.Cache.from_config` makes one that does not), that holds some
+      already, or that has no hidden states for tokens to come back from;
     - ``no-vision``: vision tokens are asked for and the graph has none;
     - ``outputs``: the graph returns something of every token (ask for the last logits
       only: ``logits_to_keep=1``);
@@ -108,7 +110,7 @@ class TokenDrop(VisionOptions):
 
     name: ClassVar[str] = "token-drop"
     source: ClassVar[str] = (
-        "LazyLLM (Fu et al. 2024, equation 1, without revival); FastV (Chen et al. "
+        "LazyLLM (Fu et al. 2024, equation 1 and section 3.3); FastV (Chen et al. "
         "2024); MustDrop (Liu et al. 2024)"
     )
 

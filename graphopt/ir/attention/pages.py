@@ -145,3 +145,26 @@ def match_pages(node: fx.Node) -> AttentionSite:
         scale=argument(node, first + 3, "scale"),
         softcap=float_of(argument(node, first + 4, "softcap", 0.0)) or 0.0,
     )
+
+
+@dataclass(frozen=True)
+class PlacedSite(AttentionSite):
+    """Attention to chosen places: ``key`` and ``value`` are pools [H, N, PAGE, D]."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Return the number of key and value heads."""
+        return int((shape_of(self.key) or ())[0])
+
+    @property
+    def kv_len(self) -> Any:
+        """Return the places that a row looks at."""
+        return (shape_of(self.node.args[2]) or ())[1]
+
+
+def match_places(node: fx.Node) -> AttentionSite:
+    """Return the site of a ``graphopt::place_attention`` node."""
+    query, keys, values = (argument(node, i, "") for i in (0, 4, 5))
+    scale, softcap = argument(node, 8, "scale"), argument(node, 9, "softcap", 0.0)
+    site = PlacedSite(0, node, query, keys, values, "op", "places")
+    return replace(site, scale=scale, softcap=float_of(softcap) or 0.0)

@@ -86,7 +86,7 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     """Return the attention sites of ``gm`` in graph order, numbered from 0."""
     from graphopt.ir.attention.eager import match_eager
     from graphopt.ir.attention.fused import match_op, match_sdpa, match_visit
-    from graphopt.ir.attention.pages import match_pages
+    from graphopt.ir.attention.pages import match_pages, match_places
 
     evaluator = Evaluator(gm.graph)
     sites: list[AttentionSite] = []
@@ -101,6 +101,8 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
             site = match_visit(node)
         elif name == "graphopt.page_attention":
             site = match_pages(node)
+        elif name == "graphopt.place_attention":
+            site = match_places(node)
         elif name == "softmax":
             site = match_eager(node, evaluator)
         if site is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from graphopt.ir.attention.pages import PagedSite, read_of
+from graphopt.ir.attention.pages import PagedSite, PlacedSite, read_of
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.caches.state import CacheState
 from graphopt.ir.match import op_name
@@ -48,7 +48,7 @@ class PageWrites:
         return key, value
 
     def _pool(self, site: AttentionSite) -> fx.Node | None:
-        if isinstance(site, PagedSite):
+        if isinstance(site, (PagedSite, PlacedSite)):
             return site.key
         if read := read_of(site):
             return read.args[0]  # type: ignore[return-value]
