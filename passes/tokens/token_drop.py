@@ -252,7 +252,7 @@ class TokenDrop(VisionOptions):
             pool = self.method == "pool"
             left = None if returning is None else (returning, number)
             drop = Drop(step.layer, step.keep, scores[step.layer], pool, left)
-            drop_tokens(type(model)(model.gm), drop)
+            drop_tokens(model, drop, is_first=number == 0)
         return tuple(
             applied(
                 f"layer[{step.layer}]",

@@ -16,9 +16,10 @@ from graphopt.errors import ConfigError
 from graphopt.options import parse_options
 from graphopt.passes.tokens.schedule import DropPoint, steps
 from tests.models import padding_mask, token_ids
-from tests.passes.test_token_drop import LAYERS, eager, model_of
+from tests.passes.test_token_drop import eager, model_of
 from tests.passes.test_token_drop_cache import rewritten
 
+LAYERS = 4
 POINTS = [DropPoint(layer=0, keep=0.7), DropPoint(layer=2, keep=0.4)]
 SCHEDULE = "schedule=[{layer=0,keep=0.7},{layer=2,keep=0.4}]"
 CONFIG = f"structured-mask,token-drop{{revive=true,{SCHEDULE}}}"
@@ -169,7 +170,7 @@ def real_writes(writes, mask):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_equals_the_layers_on_lists_of_places(batch):
-    model, writes = model_of(), Writes()
+    model, writes = model_of(layers=LAYERS), Writes()
     fast = counted(model, writes)
     for length, padded in ((40, 9), (23, 0)):
         ids, tokens = token_ids(batch, length), token_ids(batch, 6)
@@ -185,7 +186,7 @@ def test_equals_the_layers_on_lists_of_places(batch):
 
 
 def test_everything_kept_is_dense():
-    model, ids, tokens = model_of(), token_ids(2, 20), token_ids(2, 3)
+    model, ids, tokens = model_of(layers=LAYERS), token_ids(2, 20), token_ids(2, 3)
     mask, config = (
         padding_mask([20, 13], 20),
         CONFIG.replace("0.7", "1").replace("0.4", "1"),
@@ -198,7 +199,7 @@ def test_everything_kept_is_dense():
 
 @pytest.fixture(scope="module")
 def dropped():
-    model = model_of()
+    model = model_of(layers=LAYERS)
     fast = rewritten(model, CONFIG)
     ids, mask = token_ids(2, 24), padding_mask([24, 20], 24)
     return model, fast, mask, decoded(fast, ids, mask, token_ids(2, 2))[1]
@@ -272,7 +273,7 @@ def test_a_cache_grows_with_its_states(dropped):
 
 def test_another_cache_later():
     """Then Dynamo no longer says that the mask is as long as the ids."""
-    model, ids, tokens = model_of(), token_ids(1, 40), token_ids(1, 1)
+    model, ids, tokens = model_of(layers=LAYERS), token_ids(1, 40), token_ids(1, 1)
     fast, mask = rewritten(model, CONFIG), padding_mask([40], 40)
     wanted, _ = decoded(fast, ids, mask, tokens)
     cache = graphopt.Cache.from_config(CONFIG, model)  # of another size
@@ -291,10 +292,11 @@ def test_configs_that_contradict_themselves():
 
 
 def test_compiled_by_pieces():
-    model, ids, tokens = model_of(), token_ids(2, 30), token_ids(2, 3)
+    model, config = model_of(layers=2), CONFIG.replace(",{layer=2,keep=0.4}", "")
+    ids, tokens = token_ids(2, 30), token_ids(2, 3)
     mask = padding_mask([30, 26], 30)
-    expected, _ = decoded(rewritten(model, CONFIG), ids, mask, tokens)
+    expected, _ = decoded(rewritten(model, config), ids, mask, tokens, config)
     torch._dynamo.reset()
-    fast = graphopt.compile(copy.deepcopy(model), CONFIG)
-    found, _ = decoded(fast, ids, mask, tokens)
+    fast = graphopt.compile(copy.deepcopy(model), config)
+    found, _ = decoded(fast, ids, mask, tokens, config)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)  # float32 angles

@@ -27,11 +27,11 @@ POINTS = [
 ]
 
 
-def model_of(kind="llama"):
+def model_of(kind="llama", layers=LAYERS):
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 100,

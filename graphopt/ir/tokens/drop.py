@@ -57,11 +57,12 @@ def spread_scores(model: ModelGraph, layer: Layer, seed: int) -> fx.Node:
         return call(model.gm.graph, _ops.spread_scores.default, (stream, seed))
 
 
-def drop_tokens(model: ModelGraph, drop: Drop) -> None:
+def drop_tokens(model: ModelGraph, drop: Drop, is_first: bool = True) -> None:
     """Edit the graph; PassError where it cannot follow: the caller keeps a copy.
 
-    Drops of one graph are made from the deepest layer to the first: then what is behind
-    a drop follows the earlier one, its counts too. Kept tokens stay in their order and
+    Drops of one graph are made from the deepest layer to the first, which ``is_first``:
+    then what is behind a drop follows the earlier one, its counts too, and values are
+    inferred once. Kept tokens stay in their order and
     keep their positions: cosines, sines and masks are gathered with them. A token that
     is a mean of several has the position of the last of them.
     """
@@ -84,7 +85,7 @@ def drop_tokens(model: ModelGraph, drop: Drop) -> None:
                 gathered[node] = call(graph, _ops.pool_tokens.default, args)
             else:
                 gathered[node] = _taken(model, node, kept)
-    substitute_tokens(model, gathered)
+    substitute_tokens(model, gathered, infer=is_first)
 
 
 def drop_chosen(

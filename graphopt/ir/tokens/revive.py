@@ -44,6 +44,7 @@ class _Point:
 
     gathered: dict[fx.Node, fx.Node]
     alike: tuple[fx.Node, ...]
+    is_first: bool
 
 
 def revive_tokens(model: ModelGraph, drops: Sequence[Drop]) -> None:
@@ -69,7 +70,8 @@ def revive_tokens(model: ModelGraph, drops: Sequence[Drop]) -> None:
             seen = _chosen(graph, sites[layer], reads[layer], seen, drop)
             with _compat.discarding_sizes(model.gm):
                 gathered = _joined(graph, stream, position, seen, first, number)
-        points.append(_Point(gathered, tuple(streams[layer + 1 : end + 1])))
+        alike = tuple(streams[layer + 1 : end + 1])
+        points.append(_Point(gathered, alike, number == 0))
         for site, read in zip(sites, reads, strict=True):
             if layer < site.index <= end:
                 _attend(model.gm, site, read, first.places, seen)
@@ -195,7 +197,8 @@ def _widen(
     ]
     copy = _Copies(graph, descendants(graph, [position] if position else []), tokens)
     copy.repeat(crossing, order[cut].next, later, point.gathered)
-    substitute_tokens(model, point.gathered, point.alike)
+    # The first point's substitution goes over all that is behind the others.
+    substitute_tokens(model, point.gathered, point.alike, infer=point.is_first)
 
 
 class _Copies:

@@ -32,6 +32,7 @@ def substitute_tokens(
     model: ModelGraph,
     gathered: Mapping[fx.Node, fx.Node],
     alike: Collection[fx.Node] = (),
+    infer: bool = True,
 ) -> list[fx.Node]:
     """Replace tensors by their gathered ones in all later nodes; return those nodes.
 
@@ -41,7 +42,8 @@ def substitute_tokens(
     is later. ``alike`` are later nodes that are known to get the sizes of the first
     gathered tensor: what layers give, where one token was traced and an axis of 1 may
     be any. The graph's output node keeps what it returned: outputs of earlier layers
-    have all tokens. T' is an int or, in a dynamic graph, a SymInt.
+    have all tokens. T' is an int or, in a dynamic graph, a SymInt. Without ``infer``
+    later nodes keep their old values: for one that a substitution before it covers.
 
     Sizes of earlier tensors, such as the keys of earlier layers, and of computations on
     all tokens stay. Raises PassError, with the graph as it was, where a later node
@@ -49,7 +51,7 @@ def substitute_tokens(
     graph ask for ``model.symbols`` before new nodes go in: they fix token counts.
     """
     kept = KeptTokens(model, gathered)
-    edit = _Edit(model.gm, kept)
+    edit = _Edit(model.gm, kept, infer)
     try:
         return edit.run(gathered, alike)
     except SizeConflictError as error:
@@ -66,9 +68,10 @@ def substitute_tokens(
 class _Edit:
     """One substitution; it can be undone until it is complete."""
 
-    def __init__(self, gm: fx.GraphModule, kept: KeptTokens) -> None:
+    def __init__(self, gm: fx.GraphModule, kept: KeptTokens, infer: bool) -> None:
         self.gm = gm
         self.kept = kept
+        self.infer = infer
         self._before = {
             node: (node.args, node.kwargs, value_of(node)) for node in gm.graph.nodes
         }
@@ -106,7 +109,7 @@ class _Edit:
             node.args, node.kwargs = with_leaves(node, new)
 
     def _infer(self, node: fx.Node, mode: Any) -> None:
-        if not is_inferred(node):
+        if not self.infer or not is_inferred(node):
             return
         args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
         try:
