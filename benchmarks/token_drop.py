@@ -34,14 +34,19 @@ METHODS = ("lazy", "fastv", "random", "uniform", "pool")
 SPARSE = (
     "sparse-attention{pattern=vertical-slash,sink=30,window=512,vertical=500,slash=100}"
 )
-COMBINED = "lazy, vertical-slash"
+COMBINED = "lazy, observe=16, smooth=13, vertical-slash"
 # The same work saved, about, by one drop behind layers that know what is asked.
 LATE, LATER = "lazy, late", "schedule=[{depth=0.6,keep=0.3}]"
+# Ranked by the question, not by one token of it, and by words, not by parts of them.
+OBSERVED, RANKED = "lazy, observe=16, smooth=13", "observe=16,smooth=13,"
 LENGTHS = (4096, 8192)
 # Questions by tokens of the prompt; a model of this size answers short ones.
 QUESTIONS = {2048: 10, 4096: 6, 8192: 2}
 QUICK = ((512,), {512: 2})
-SCORING = ("graphopt.token_scores", "graphopt.keep_tokens", "graphopt.take_tokens")
+SCORING = tuple(
+    f"graphopt.{name}"
+    for name in ("token_scores", "smooth_scores", "keep_tokens", "take_tokens")
+)
 
 
 def configs() -> dict[str, str]:
@@ -50,8 +55,9 @@ def configs() -> dict[str, str]:
     return {
         "lossless": LOSSLESS,
         **dropped,
+        OBSERVED: f"{LOSSLESS},token-drop{{{RANKED}{SCHEDULE}}}",
         LATE: f"{LOSSLESS},token-drop{{{LATER}}}",
-        COMBINED: f"{dropped['lazy']},{SPARSE}",
+        COMBINED: f"{LOSSLESS},token-drop{{{RANKED}{SCHEDULE}}},{SPARSE}",
     }
 
 
@@ -71,7 +77,8 @@ def main(quick: bool = False) -> dict[str, Any]:
         runner.add(name, configured(config))
     for tokens, own in asked.items():
         rows += _fidelity(runner, tokens, own)
-    rows += [_scoring(runner, tokens, prompts[tokens]) for tokens in lengths]
+    for config in ("lazy", OBSERVED):
+        rows += [_scoring(runner, config, n, prompts[n]) for n in lengths]
     return keep("token-drop", rows, summary(rows, max(lengths)), quick=quick)
 
 
@@ -86,7 +93,7 @@ def _speed(model: Any, prompts: dict[int, torch.Tensor]) -> list[dict[str, Any]]
     torch._dynamo.reset()
     dense = torch.compile(model, dynamic=True)
     sides = {"inductor": partial(_prefill, dense, True)}
-    for name in ("lossless", "lazy", LATE, COMBINED):
+    for name in ("lossless", "lazy", OBSERVED, LATE, COMBINED):
         options = {"config": configs()[name]}
         compiled = torch.compile(
             model, backend="graphopt", dynamic=True, options=options
@@ -139,13 +146,16 @@ def _fidelity(
     return _show(rows)
 
 
-def _scoring(runner: GraphRunner, tokens: int, ids: torch.Tensor) -> dict[str, Any]:
+def _scoring(
+    runner: GraphRunner, config: str, tokens: int, ids: torch.Tensor
+) -> dict[str, Any]:
     """Return the share of a prefill that scoring, choosing and taking tokens take."""
-    times = OpTimes(configured(configs()["lazy"]), SCORING)
-    runner.add("lazy (timed)", times.edit)
-    runner.prefill("lazy (timed)", ids)  # rewrites the graph, and warms
-    share = times.share(lambda: runner.prefill("lazy (timed)", ids))
-    row = {"tokens": tokens, "config": "lazy", "scoring_share": round(share, 5)}
+    name = f"{config} (timed)"
+    times = OpTimes(configured(configs()[config]), SCORING)
+    runner.add(name, times.edit)
+    runner.prefill(name, ids)  # rewrites the graph, and warms
+    share = times.share(lambda: runner.prefill(name, ids))
+    row = {"tokens": tokens, "config": config, "scoring_share": round(share, 5)}
     return _show([row])[0]
 
 
@@ -157,6 +167,7 @@ def summary(rows: list[dict[str, Any]], longest: int) -> dict[str, Any]:
         if name == "lazy":
             found[f"prefill_speedup_{tokens}"] = speedup
     found[f"combined_speedup_{longest}"] = timed[COMBINED, longest]
+    found[f"observed_speedup_{longest}"] = timed[OBSERVED, longest]
     found[f"late_speedup_{longest}"] = timed[LATE, longest]
     found[f"lossless_speedup_{longest}"] = timed["lossless", longest]
     for key, figure in (
@@ -165,8 +176,10 @@ def summary(rows: list[dict[str, Any]], longest: int) -> dict[str, Any]:
         ("right", "right"),
     ):
         found[key] = _by_method(rows, figure)
-    shares = [r["scoring_share"] for r in rows if "scoring_share" in r]
-    return found | {"scoring_share": max(shares)}
+    for name, config in (("scoring_share", "lazy"), ("observed_share", OBSERVED)):
+        own = (r for r in rows if r["config"] == config and "scoring_share" in r)
+        found[name] = max(r["scoring_share"] for r in own)
+    return found
 
 
 def _by_method(rows: list[dict[str, Any]], figure: str) -> dict[int, dict[str, float]]:

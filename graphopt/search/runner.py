@@ -29,15 +29,21 @@ _KEPT = 8
 def configured(config: str | None) -> Edit:
     """Return the edit that a pass config makes; ConfigError for a bad config.
 
-    The edit raises PassError where a pass fails, or where none of the named passes
-    finds anything to do: a row of a table must not be the dense model unnoticed.
+    The edit raises PassError where a pass fails, where an approximate one finds nothing
+    to do, or none does: a row of a table must not be the dense model unnoticed.
     """
     options = parse_options({"config": config, "strict": True})
 
     def edit(gm: fx.GraphModule) -> None:
         report, _ = rewrite(gm, options)
-        remarks = report.all_remarks()
-        if options.config.pipeline and not any(r.kind == "applied" for r in remarks):
+        pipeline = options.config.pipeline
+        idle = [
+            (item, record)
+            for item, record in zip(pipeline, report.records, strict=True)
+            if not any(remark.kind == "applied" for remark in record.remarks)
+        ]
+        if len(idle) == len(pipeline) > 0 or not all(i.exact for i, _ in idle):
+            remarks = [r for _, record in idle for r in record.remarks]
             reasons = sorted({r.message for r in remarks if r.kind == "missed"})
             raise PassError(f"{config}: no site was rewritten: {'; '.join(reasons)}")
 

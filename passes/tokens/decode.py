@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from graphopt.ir.attention.pages import may_drop, read_of, replace_by_pages
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
-from graphopt.ir.tokens.drop import Drop
+from graphopt.ir.tokens.drop import Drop, Ranking
 from graphopt.ir.tokens.revive import revive_tokens
 from graphopt.passes.base import PassResult
 from graphopt.passes.tokens.schedule import Step
@@ -24,9 +24,12 @@ def decode_kept(model: ModelGraph) -> PassResult:
     return PassResult(changed, tuple(remarks), {"sites": len(remarks)})
 
 
-def decode_revived(model: ModelGraph, plan: Sequence[Step]) -> tuple[Remark, ...]:
+def decode_revived(
+    model: ModelGraph, plan: Sequence[Step], ranking: Ranking
+) -> tuple[Remark, ...]:
     """Let dropped tokens come back; PassError where the graph cannot follow."""
-    revive_tokens(model, [Drop(step.layer, step.keep, None) for step in plan])
+    drops = [Drop(step.layer, step.keep, None) for step in plan]
+    revive_tokens(model, drops, ranking)
     return tuple(
         applied(
             f"layer[{step.layer}]",

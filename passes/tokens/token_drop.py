@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
-from torch import SymInt, fx
+from torch import SymInt
 
 from graphopt.errors import PassError
 from graphopt.ir.copying import copy_graph
@@ -18,13 +18,7 @@ from graphopt.ir.tokens.cached import (
     keep_final,
     keep_reached,
 )
-from graphopt.ir.tokens.drop import (
-    Drop,
-    attention_scores,
-    drop_tokens,
-    returns_tokens,
-    spread_scores,
-)
+from graphopt.ir.tokens.drop import Drop, drop_tokens, returns_tokens
 from graphopt.ir.tokens.returning import (
     Returning,
     holding,
@@ -46,7 +40,6 @@ _LAZY = tuple(
     for depth, keep in ((0.3, 0.7), (0.6, 0.5), (0.9, 0.3))
 )
 _FASTV = (DropPoint(layer=1, keep=0.5),)  # K = 2, R = 50 % in FastV's paper
-_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +107,6 @@ class TokenDrop(VisionOptions):
         "2024); MustDrop (Liu et al. 2024)"
     )
 
-    method: Literal["lazy", "fastv", "random", "uniform", "pool", "must"] = option(
-        "lazy", "how tokens are ranked"
-    )
     schedule: list[DropPoint] = option(
         [], "points where tokens are dropped; the method's own when left out"
     )
@@ -207,7 +197,7 @@ class TokenDrop(VisionOptions):
             return PassResult(False, (plan,))
         if refusal := self._cannot_revive(model):
             return PassResult(False, (missed("graph", *refusal),))
-        return self._whole(model, lambda: decode_revived(model, plan))
+        return self._whole(model, lambda: decode_revived(model, plan, self.ranking))
 
     def _cannot_revive(self, model: ModelGraph) -> tuple[str, str] | None:
         held = holding(model.gm) is not None
@@ -246,8 +236,8 @@ class TokenDrop(VisionOptions):
         self, model: ModelGraph, plan: list[Step], returning: Returning | None = None
     ) -> tuple[Remark, ...]:
         if self._on_vision:
-            return drop_vision_tokens(model.gm, self.method, self, plan)
-        scores = self._scores(model, plan)
+            return drop_vision_tokens(model.gm, self, plan)
+        scores = self.scores(model, {s.layer: model.layers[s.layer] for s in plan})
         for number, step in reversed(list(enumerate(plan))):
             pool = self.method == "pool"
             left = None if returning is None else (returning, number)
@@ -261,20 +251,6 @@ class TokenDrop(VisionOptions):
             )
             for step in plan
         )
-
-    def _scores(self, model: ModelGraph, plan: list[Step]) -> dict[int, Any]:
-        layers = {step.layer: model.layers[step.layer] for step in plan}
-        if self.method in ("uniform", "pool"):
-            return dict.fromkeys(layers)
-        if self.method == "lazy":
-            return {i: attention_scores(model, layer) for i, layer in layers.items()}
-        first = layers[plan[0].layer]
-        once: fx.Node = (
-            attention_scores(model, first)
-            if self.method == "fastv"
-            else spread_scores(model, first, _SEED)
-        )
-        return dict.fromkeys(layers, once)
 
 
 def _refusal(model: ModelGraph) -> tuple[str, str] | None:

@@ -9,7 +9,6 @@ from typing import Any
 from torch import SymInt, fx
 
 from graphopt.errors import PassError
-from graphopt.ir.tokens.drop import attention_scores, spread_scores
 from graphopt.ir.tokens.vision_drop import (
     VisionDrop,
     VisionTokens,
@@ -29,7 +28,6 @@ _LAYERS, _OF = (2, 6, 10, 14), 32
 # Equal ratios from point to point; over the layers of a 32-layer model a third of the
 # vision tokens live, which is the 192 of 576 that the paper's first preset averages.
 _KEEP = (0.62, 0.39, 0.24, 0.15)
-SEED = 0  # of random drops
 NO_VISION = (
     "no image features are written among the embeddings; where a graph break parts "
     "them from the layers, call the model once before it is compiled and set "
@@ -47,13 +45,13 @@ def must_points(layers: int) -> list[DropPoint]:
 
 
 def drop_vision_tokens(
-    gm: fx.GraphModule, method: str, options: VisionOptions, plan: list[Step]
+    gm: fx.GraphModule, options: VisionOptions, plan: list[Step]
 ) -> tuple[Remark, ...]:
     """Insert the drops of ``plan``; shares are of the vision tokens.
 
     PassError where the graph cannot follow: the caller keeps a copy.
     """
-    model = LanguageGraph(gm)
+    model, method = LanguageGraph(gm), options.method
     by_data = method == "must" and options.mode == "threshold"
     stage = (
         encoder_stage(model, _rule(options, by_data)) if method == "must" else Stage()
@@ -61,7 +59,7 @@ def drop_vision_tokens(
     if stage.gone is not None and not isinstance(model.tokens, SymInt):
         raise PassError("merging needs a prompt length that varies: dynamic=True")
     tokens = count_vision(model, stage.protected)
-    scores = _scores(model, method, options, plan, tokens)
+    scores = _scores(model, options, plan, tokens)
     bound = 1.0 if by_data else None  # scores are in units of the thresholds
     for step, (before, after) in reversed(_shares(plan, stage.merged)):
         here, pool = scores[step.layer], method == "pool"
@@ -101,23 +99,12 @@ def _said(step: Step, by_data: bool) -> Remark:
 
 def _scores(
     model: LanguageGraph,
-    method: str,
     options: VisionOptions,
     plan: list[Step],
     tokens: VisionTokens,
 ) -> dict[int, Any]:
     layers = {step.layer: model.layers[step.layer] for step in plan}
-    if method in ("uniform", "pool"):
-        return dict.fromkeys(layers)
-    if method == "lazy":
-        return {i: attention_scores(model, layer) for i, layer in layers.items()}
-    if method == "must":
+    if options.method == "must":
         both = options.thresholds
         return {i: dual_scores(model, la, tokens, both) for i, la in layers.items()}
-    first = layers[plan[0].layer]
-    once = (
-        attention_scores(model, first)
-        if method == "fastv"
-        else spread_scores(model, first, SEED)
-    )
-    return dict.fromkeys(layers, once)
+    return options.scores(model, layers)

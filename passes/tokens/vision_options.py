@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from graphopt.passes.base import Pass, option
+from graphopt.passes.base import option
+from graphopt.passes.tokens.ranking import RankingOptions
 
 Threshold = Annotated[float, Field(ge=0)]
 Part = Annotated[float, Field(ge=0, le=1)]
@@ -21,7 +22,7 @@ _PRESETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionOptions(Pass):
+class VisionOptions(RankingOptions):
     """What a pass is told about the vision tokens of a prompt."""
 
     tokens: Literal["all", "vision"] = option(

@@ -72,7 +72,7 @@ def test_rows_of_every_method(runner):
 
 
 def test_the_share_of_scoring(runner):
-    row = token_drop._scoring(runner, 80, token_ids(1, 80))
+    row = token_drop._scoring(runner, "lazy", 80, token_ids(1, 80))
     assert 0 < row["scoring_share"] < 1
     times = OpTimes(configured(token_drop.configs()["lazy"]), token_drop.SCORING)
     runner.add("timed", times.edit)
@@ -89,6 +89,7 @@ def test_the_summary_names_methods():
     rows = [
         {"tokens": 8, "config": "lossless", "speedup": 1.0},
         {"tokens": 8, "config": "lazy", "speedup": 1.6},
+        {"tokens": 8, "config": token_drop.OBSERVED, "speedup": 1.55},
         {"tokens": 8, "config": token_drop.LATE, "speedup": 1.5},
         {"tokens": 8, "config": token_drop.COMBINED, "speedup": 2.0},
         *(
@@ -103,6 +104,7 @@ def test_the_summary_names_methods():
         ),
         {"tokens": 8, "config": "lazy", "scoring_share": 0.01},
         {"tokens": 4, "config": "lazy", "scoring_share": 0.015},
+        {"tokens": 4, "config": token_drop.OBSERVED, "scoring_share": 0.02},
     ]
     found = token_drop.summary(rows, 8)
     assert found["prefill_speedup_8"] == 1.6
@@ -110,4 +112,5 @@ def test_the_summary_names_methods():
     assert found["late_speedup_8"] == 1.5
     assert found["kl"] == {4: {"lazy": 0.1, "random": 3.0}}
     assert found["right"][4]["random"] == 0.5
-    assert found["scoring_share"] == 0.015
+    assert (found["scoring_share"], found["observed_share"]) == (0.015, 0.02)
+    assert found["observed_speedup_8"] == 1.55

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from graphopt.ops.tokens import (
     keep_tokens,
     pool_places,
     pool_tokens,
+    smooth_scores,
     spread_scores,
     take_tokens,
     token_scores,
@@ -33,21 +35,32 @@ def mask_of(name):
 
 
 @pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("observe", [1, 3, 9])
 @pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (3.0, 0), (0.0, 3)])
-def test_scores_are_the_last_tokens_attention(name, softcap, window):
+def test_scores_are_the_last_tokens_attention(name, softcap, window, observe):
     q, k, _ = tensors(6, 2, 7, 7, 16, batch=2)
     mask = mask_of(name)
-    actual = token_scores(q, k, mask, 0.3, softcap, window)
+    actual = token_scores(q, k, mask, 0.3, softcap, window, observe)
     for b in range(2):
         real = [i for i in range(7) if mask is None or mask[b, i]]
-        seen = [i for i in real if not window or i > real[-1] - window]
+        rows = [i for i in real if i > real[-1] - observe]
         expected = torch.zeros(7, dtype=torch.float64)
-        for h in range(6):
-            logits = (k[b, h // 3, seen].double() @ q[b, h, real[-1]].double()) * 0.3
+        for row, h in itertools.product(rows, range(6)):
+            seen = [i for i in real if i <= row and (not window or i > row - window)]
+            logits = (k[b, h // 3, seen].double() @ q[b, h, row].double()) * 0.3
             if softcap:
                 logits = softcap * torch.tanh(logits / softcap)
-            expected[seen] += logits.softmax(0) / 6
+            expected[seen] += logits.softmax(0) / 6 / len(rows)
         torch.testing.assert_close(actual[b].double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_smoothed_scores_are_the_greatest_of_neighbours():
+    scores = torch.rand(2, 11)
+    for width in (1, 3, 7):
+        half = width // 2
+        for row, found in zip(scores, smooth_scores(scores, width), strict=True):
+            wanted = [row[max(0, i - half) : i + half + 1].max() for i in range(11)]
+            assert torch.equal(found, torch.stack(wanted))
 
 
 def kept_by_hand(scores, count, real, last):

@@ -170,6 +170,52 @@ def test_equals_the_layers_on_the_kept_tokens(method, kind):
     assert len(captures) == 1
 
 
+def test_several_last_tokens_and_their_neighbours():
+    """observe and smooth, by hand: rows of different lengths, one shorter than 9."""
+    model, captures = model_of(layers=3), []
+    options = "observe=9,smooth=3,schedule=[{layer=0,keep=0.5}]"
+    edit = configured(f"structured-mask,token-drop{{{options}}}")
+    ids, mask = token_ids(3, 24), padding_mask([24, 17, 6], 24)
+
+    def backend(gm, inputs):
+        captures.append(edit(gm))
+        return gm
+
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend=backend, dynamic=True)
+    given = {"use_cache": False, "logits_to_keep": 1}
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        out = fast(ids, attention_mask=mask, position_ids=positions, **given).logits
+        for one, seen, found in zip(ids, mask.bool(), out[:, 0], strict=True):
+            wanted = observed_by_hand(eager(model), one[seen], 9, 12)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def observed_by_hand(model, ids, observe, count, smooth=3):
+    base, places = model.model, torch.arange(len(ids))
+    hidden = base.embed_tokens(ids[None])
+    for index, layer in enumerate(base.layers):
+        rotary = base.rotary_emb(hidden, places[None])
+        n = hidden.shape[1]
+        mask = torch.full((n, n), float("-inf"), dtype=hidden.dtype).triu(1)
+        inside = layer.input_layernorm(hidden)
+        attended, weights = layer.self_attn(
+            inside, position_embeddings=rotary, attention_mask=mask[None, None]
+        )
+        hidden = hidden + attended
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        if index == 0:
+            score = weights[0, :, -observe:].mean((0, 1))
+            half = smooth // 2
+            near = [score[max(0, i - half) : i + half + 1].max() for i in range(n)]
+            near[-1] = torch.tensor(float("inf"))
+            best = torch.stack(near).argsort(descending=True, stable=True)[:count]
+            kept = best.sort().values
+            hidden, places = hidden[:, kept], places[kept]
+    return model.lm_head(base.norm(hidden[:, -1]))[0]
+
+
 def test_without_padding_and_with_one_fixed_length():
     model, ids = model_of(), token_ids(1, 33)
     config = "token-drop{schedule=[{layer=1,keep=0.4}]}"

@@ -41,13 +41,29 @@ class Drop:
     left: tuple[Returning, int] | None = None
 
 
-def attention_scores(model: ModelGraph, layer: Layer) -> fx.Node:
-    """Insert behind ``layer`` its last token's attention to each token, [B, S]."""
+@dataclass(frozen=True)
+class Ranking:
+    """The attention of how many last tokens ranks, and how many neighbours count."""
+
+    observe: int = 1
+    smooth: int = 1
+
+    def smoothed(self, graph: fx.Graph, scores: fx.Node) -> fx.Node:
+        """Insert the greatest scores among neighbours; scores [B, S]."""
+        if self.smooth == 1:
+            return scores
+        return call(graph, _ops.smooth_scores.default, (scores, self.smooth))
+
+
+def attention_scores(model: ModelGraph, layer: Layer, ranking: Ranking) -> fx.Node:
+    """Insert behind ``layer`` its last tokens' attention to each token, [B, S]."""
     site, graph = layer.attention, model.gm.graph
     with graph.inserting_before(stream_behind(layer).next):
         mask = key_mask_of(graph, site)
-        args = (site.query, site.key, mask, scale_of(site), site.softcap, site.window)
-        return call(graph, _ops.token_scores.default, args)
+        logits = (scale_of(site), site.softcap, site.window)
+        args = (site.query, site.key, mask, *logits, ranking.observe)
+        scores = call(graph, _ops.token_scores.default, args)
+        return ranking.smoothed(graph, scores)
 
 
 def spread_scores(model: ModelGraph, layer: Layer, seed: int) -> fx.Node:

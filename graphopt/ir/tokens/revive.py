@@ -22,7 +22,7 @@ from graphopt.ir.caches.sites import is_given
 from graphopt.ir.match import op_name, value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import call, key_mask_of, substitute
-from graphopt.ir.tokens.drop import Drop, kept_count, scale_of, stream_behind
+from graphopt.ir.tokens.drop import Drop, Ranking, kept_count, scale_of, stream_behind
 from graphopt.ir.tokens.returning import (
     Returning,
     note_tokens,
@@ -47,11 +47,11 @@ class _Point:
     is_first: bool
 
 
-def revive_tokens(model: ModelGraph, drops: Sequence[Drop]) -> None:
+def revive_tokens(model: ModelGraph, drops: Sequence[Drop], ranking: Ranking) -> None:
     """Edit a decoding graph; PassError where it cannot: the caller keeps a copy.
 
     ``drops`` in the order of their layers, as in the prefill; their scores are not
-    used. The cache must hold hidden states.
+    used. The cache must hold hidden states. The new token alone is observed.
     """
     position = positions_of(model, drops[0].layer + 1)
     streams = [stream_behind(layer) for layer in model.layers]
@@ -67,7 +67,11 @@ def revive_tokens(model: ModelGraph, drops: Sequence[Drop]) -> None:
         with graph.inserting_before(stream.next):
             if seen is None:
                 seen = _all_places(graph, sites[layer], reads[layer], first)
-            seen = _chosen(graph, sites[layer], reads[layer], seen, drop)
+            scores = _scores(graph, sites[layer], reads[layer], seen)
+            scores = ranking.smoothed(graph, scores)
+            count = kept_count(graph, seen, drop.keep)
+            args = (scores, seen, count)
+            seen = call(graph, _ops.keep_places.default, args)
             with _compat.discarding_sizes(model.gm):
                 gathered = _joined(graph, stream, position, seen, first, number)
         alike = tuple(streams[layer + 1 : end + 1])
@@ -106,16 +110,12 @@ def _all_places(
     return node
 
 
-def _chosen(
-    graph: fx.Graph, site: AttentionSite, read: PageRead, seen: fx.Node, drop: Drop
+def _scores(
+    graph: fx.Graph, site: AttentionSite, read: PageRead, seen: fx.Node
 ) -> fx.Node:
-    """Insert the places that stay behind ``site``'s layer, of those it saw."""
     pool = (read.table, read.key_pages, read.key_scales)
-    logits = (scale_of(site), site.softcap)
-    args = (site.query, seen, *pool, *logits)
-    scores = call(graph, _ops.place_scores.default, args)
-    count = kept_count(graph, seen, drop.keep)
-    return call(graph, _ops.keep_places.default, (scores, seen, count))
+    args = (site.query, seen, *pool, scale_of(site), site.softcap)
+    return call(graph, _ops.place_scores.default, args)
 
 
 def _joined(

@@ -67,8 +67,8 @@ def place_scores(
     Float32 at least; places of -1 get 0.
     """
     key = _gathered(key_pages, key_scales, _written(seen), table, query.dtype)
-    hidden = (seen < 0)[:, None, None]
-    return row_scores(query[:, :, -1], key, hidden, scale, softcap)
+    hidden = (seen < 0)[:, None]
+    return row_scores(query[:, :, -1:], key, hidden, scale, softcap)[:, 0]
 
 
 def place_attention(

@@ -12,7 +12,7 @@ from graphopt.ops.tokens.keep_passing import keep_passing
 from graphopt.ops.tokens.pool import pool_places, pool_tokens
 from graphopt.ops.tokens.pool_vision import pool_vision
 from graphopt.ops.tokens.returning import WHOLE
-from graphopt.ops.tokens.scores import spread_scores, token_scores
+from graphopt.ops.tokens.scores import smooth_scores, spread_scores, token_scores
 from graphopt.ops.tokens.take import take_tokens
 from graphopt.ops.tokens.vision_ranks import class_keys, vision_ranks
 from graphopt.ops.tokens.windows import alike_windows, merge_windows, merged_away
@@ -30,6 +30,7 @@ __all__ = [
     "pool_tokens",
     "pool_vision",
     "real_first",
+    "smooth_scores",
     "spread_scores",
     "take_tokens",
     "token_scores",
