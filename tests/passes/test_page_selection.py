@@ -10,6 +10,7 @@ import graphopt
 from graphopt.errors import ConfigError
 from graphopt.graph_diff import reports_of
 from tests.models import TINY, padding_mask, token_ids
+from tests.rewriting import rewritten
 from tests.runtime.test_cache import generated
 
 SMALL = "page-selection{budget=128,interval=2}"
@@ -98,12 +99,11 @@ def test_options_are_whole_pages(text):
 def test_a_small_budget_changes_what_is_read():
     ids, mask = token_ids(2, 300), padding_mask([150, 300], 300)
     expected = generated(TINY["llama"](), DynamicCache(), ids, mask, steps=12)
-    model = TINY["llama"]()
-    fast = graphopt.compile(model, SMALL)
+    fast = rewritten(TINY["llama"](), SMALL)
     cache = graphopt.Cache()
     generated(fast, cache, ids, mask, steps=12)
     assert (cache.layers[0].selected >= 0).sum(-1).unique().tolist() == [2]
-    wide = graphopt.compile(TINY["llama"](), "page-selection{budget=4096}")
+    wide = rewritten(TINY["llama"](), "page-selection{budget=4096}")
     assert torch.equal(generated(wide, graphopt.Cache(), ids, mask, steps=12), expected)
 
 
@@ -111,7 +111,7 @@ def test_streaming_heads_read_their_ring():
     """Rings that drop nothing change nothing; rings that drop do."""
     ids = token_ids(1, 300)
     expected = generated(TINY["llama"](), DynamicCache(), ids, steps=12)
-    fast = graphopt.compile(TINY["llama"](), "page-selection{budget=4096}")
+    fast = rewritten(TINY["llama"](), "page-selection{budget=4096}")
     for local, same in ((320, True), (64, False)):
         cache = graphopt.Cache(streaming=[[0], [0, 1]], sink=64, local=local)
         tokens = generated(fast, cache, ids, steps=12)

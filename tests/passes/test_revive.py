@@ -11,13 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import graphopt
-from graphopt.backend import rewrite
 from graphopt.errors import ConfigError
-from graphopt.options import parse_options
 from graphopt.passes.tokens.schedule import DropPoint, steps
 from tests.models import padding_mask, token_ids
 from tests.passes.test_token_drop import eager, model_of
-from tests.passes.test_token_drop_cache import rewritten
+from tests.rewriting import rewritten
 
 LAYERS = 4
 POINTS = [DropPoint(layer=0, keep=0.7), DropPoint(layer=2, keep=0.4)]
@@ -110,24 +108,6 @@ class Writes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(model, writes):
-    """As `rewritten`, with ``writes`` looking on."""
-
-    def backend(gm, inputs):
-        rewrite(gm, parse_options({"config": CONFIG}))
-
-        def run(*args):
-            with writes:
-                return gm(*args)
-
-        return run
-
-    torch._dynamo.reset()
-    twin = copy.deepcopy(model)
-    twin.compile(backend=backend, dynamic=True)
-    return twin
-
-
 def decoded(model, ids, mask, tokens, config=CONFIG, cache=None):
     """Feed the tokens [B, N] one by one; return logits [B, N + 1, V] and the cache."""
     if cache is None:
@@ -171,7 +151,7 @@ def real_writes(writes, mask):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_equals_the_layers_on_lists_of_places(batch):
     model, writes = model_of(layers=LAYERS), Writes()
-    fast = counted(model, writes)
+    fast = rewritten(model, CONFIG, writes)
     for length, padded in ((40, 9), (23, 0)):
         ids, tokens = token_ids(batch, length), token_ids(batch, 6)
         mask = padding_mask([length - padded * (b == 0) for b in range(batch)], length)

@@ -9,13 +9,13 @@ import torch
 from transformers import DynamicCache
 
 import graphopt
-from graphopt.backend import rewrite
 from graphopt.errors import ConfigError
-from graphopt.options import parse_options
 from graphopt.passes.tokens.schedule import DropPoint, steps
 from tests.models import padding_mask, token_ids
-from tests.passes.test_token_drop import LAYERS, eager, model_of
+from tests.passes.test_token_drop import eager, model_of
+from tests.rewriting import rewritten
 
+LAYERS = 4
 POINTS = [DropPoint(layer=0, keep=0.7), DropPoint(layer=2, keep=0.4)]
 CONFIG = "structured-mask,token-drop{schedule=[{layer=0,keep=0.7},{layer=2,keep=0.4}]}"
 FINAL = CONFIG.replace("{schedule", "{cache=final,schedule")
@@ -90,19 +90,6 @@ def by_hand(model, ids, mask, steps, final):
     return torch.stack(tokens), torch.stack(logits)
 
 
-def rewritten(model, config):
-    """A twin that runs its rewritten graphs as they are: Inductor takes a minute."""
-
-    def backend(gm, inputs):
-        rewrite(gm, parse_options({"config": config}))
-        return gm.forward
-
-    torch._dynamo.reset()  # else the limit of recompilations leaves it as it was
-    twin = copy.deepcopy(model)
-    twin.compile(backend=backend, dynamic=True)
-    return twin
-
-
 def generated(model, config, ids, mask, steps=5):
     cache = graphopt.Cache.from_config(config, max_tokens=128)
     with torch.no_grad():
@@ -122,7 +109,7 @@ def generated(model, config, ids, mask, steps=5):
 
 @pytest.mark.parametrize("config", [CONFIG, FINAL], ids=["layer", "final"])
 def test_decoding_sees_what_each_layer_kept(config):
-    model = model_of()
+    model = model_of(layers=LAYERS)
     fast = rewritten(model, config)
     for tokens, padded in ((40, 9), (23, 0)):
         ids, mask = (
@@ -139,7 +126,7 @@ def test_decoding_sees_what_each_layer_kept(config):
         first = tokens - padded if padded else tokens
         if config == CONFIG:
             assert held[0] == [tokens + 4] * 2  # with its padding: nothing is dropped
-        assert held[5] == [-(-2 * tokens // 5) + 4] * 2 or first < tokens
+        assert held[3] == [-(-2 * tokens // 5) + 4] * 2 or first < tokens
         assert len({tuple(row) for row in held}) == (1 if config == FINAL else 3)
 
 
@@ -156,7 +143,7 @@ def test_compiled_by_pieces():
 
 @pytest.fixture(scope="module")
 def dropped():
-    model = model_of()
+    model = model_of(layers=LAYERS)
     fast = rewritten(model, CONFIG)
     ids = token_ids(2, 24)
     with torch.no_grad():
@@ -187,16 +174,16 @@ def test_saved_rows_are_the_same(dropped, tmp_path):
 
 def test_selected_rows_take_their_counts_along(dropped):
     cache = copy.deepcopy(dropped[1])
-    cache.layers[5].lengths[1] -= 3
+    cache.layers[3].lengths[1] -= 3
     cache.batch_select_indices(torch.tensor([1, 0, 1]))
-    assert cache.layers[5].lengths.tolist() == [7, 10, 7]
+    assert cache.layers[3].lengths.tolist() == [7, 10, 7]
     cache.reset()
     assert not cache.has_dropped()
-    assert cache.layers[5].lengths.tolist() == [0, 0, 0]
+    assert cache.layers[3].lengths.tolist() == [0, 0, 0]
 
 
 def test_without_a_drop_the_tokens_are_those_of_a_dense_model():
-    model, config = model_of(), "token-drop{schedule=[{layer=0,keep=1.0}]}"
+    model, config = model_of(layers=LAYERS), "token-drop{schedule=[{layer=0,keep=1.0}]}"
     ids, mask = token_ids(2, 20), padding_mask([20, 13], 20)
     cache = DynamicCache()
     want = model.generate(
