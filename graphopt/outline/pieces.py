@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 from torch._prims_common import make_contiguous_strides_for
 
 from graphopt.outline.segments import target_name, type_of
-from graphopt.outline.sizes import canonical, described, needed
+from graphopt.outline.sizes import canonical, described, fixed_size, needed
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ def extract(
 ) -> Piece:
     """Copy ``nodes`` into a graph, with those of ``symbols`` (size inputs) it needs."""
     inside = set(nodes)
-    reads = list(dict.fromkeys(_outer_reads(nodes, inside)))
+    found = dict.fromkeys(_outer_reads(nodes, inside))
+    reads = [node for node in found if fixed_size(node) is None]
     sizes = needed(reads, nodes, symbols)
     inputs = list(dict.fromkeys([*sizes, *reads]))
     outputs = [n for n in nodes if any(user not in inside for user in n.users)]
     graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
+    mapping: dict[fx.Node, Any] = {n: fixed_size(n) for n in found if n not in reads}
     for i, node in enumerate(inputs):
         mapping[node] = graph.placeholder(_placeholder_name(i, node))
         mapping[node].meta = dict(node.meta)
@@ -89,6 +91,8 @@ def _key(
     number = {node: i for i, node in enumerate([*inputs, *nodes])}
 
     def literal(value: object) -> object:
+        if isinstance(value, fx.Node) and value not in number:
+            return repr(fixed_size(value))
         if isinstance(value, fx.Node):
             return f"%{number[value]}"
         if isinstance(value, (tuple, list)):

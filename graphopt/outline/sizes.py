@@ -23,6 +23,19 @@ def symbols_of(value: Any) -> list[sympy.Symbol]:
     return list(dict.fromkeys(found))
 
 
+def fixed_size(node: fx.Node) -> int | None:
+    """Return the number that ``node`` always gives, or None.
+
+    A piece has it as a literal: AOTAutograd takes a number that is given for a size
+    which may change, and guards on a name that nobody knows.
+    """
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.SymInt) and value.node.expr.is_number:
+        return int(value.node.expr)
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_number else None
+
+
 def _sizes(value: Any) -> Iterator[torch.SymInt]:
     if isinstance(value, torch.SymInt):
         yield value

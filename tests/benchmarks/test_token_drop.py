@@ -47,7 +47,7 @@ def test_too_short_for_documents(tokenizer):
 
 @pytest.fixture(scope="module")
 def runner():
-    made = GraphRunner(model_of(), use_cache=False)
+    made = GraphRunner(model_of(layers=4), use_cache=False)
     for name, config in token_drop.configs().items():
         made.add(name, configured(config))
     return made

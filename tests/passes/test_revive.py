@@ -23,6 +23,9 @@ SCHEDULE = "schedule=[{layer=0,keep=0.7},{layer=2,keep=0.4}]"
 CONFIG = f"structured-mask,token-drop{{revive=true,{SCHEDULE}}}"
 
 
+ONCE = CONFIG.replace(",{layer=2,keep=0.4}", "")
+
+
 class Row:
     """LazyLLM in transformers' eager layers: one row's real tokens, lists of places."""
 
@@ -253,10 +256,10 @@ def test_a_cache_grows_with_its_states(dropped):
 
 def test_another_cache_later():
     """Then Dynamo no longer says that the mask is as long as the ids."""
-    model, ids, tokens = model_of(layers=LAYERS), token_ids(1, 40), token_ids(1, 1)
-    fast, mask = rewritten(model, CONFIG), padding_mask([40], 40)
-    wanted, _ = decoded(fast, ids, mask, tokens)
-    cache = graphopt.Cache.from_config(CONFIG, model)  # of another size
+    model, ids, tokens = model_of(layers=2), token_ids(1, 40), token_ids(1, 1)
+    fast, mask = rewritten(model, ONCE), padding_mask([40], 40)
+    wanted, _ = decoded(fast, ids, mask, tokens, ONCE)
+    cache = graphopt.Cache.from_config(ONCE, model)  # of another size
     found, _ = decoded(fast, ids, mask, tokens, cache=cache)
     torch.testing.assert_close(found, wanted)
 
@@ -272,7 +275,7 @@ def test_configs_that_contradict_themselves():
 
 
 def test_compiled_by_pieces():
-    model, config = model_of(layers=2), CONFIG.replace(",{layer=2,keep=0.4}", "")
+    model, config = model_of(layers=2), ONCE
     ids, tokens = token_ids(2, 30), token_ids(2, 3)
     mask = padding_mask([30, 26], 30)
     expected, _ = decoded(rewritten(model, config), ids, mask, tokens, config)

@@ -18,7 +18,7 @@ from graphopt.passes.tokens.schedule import DropPoint, steps
 from graphopt.search.runner import configured
 from tests.models import TINY, padding_mask, token_ids
 
-LAYERS = 6
+LAYERS = 5  # the least in which each of the three points has its own
 THREE = "schedule=[{layer=0,keep=0.7},{layer=2,percentile=30},{depth=0.9,keep=0.3}]"
 POINTS = [
     DropPoint(layer=0, keep=0.7),
