@@ -20,17 +20,18 @@ class PageWrites:
 
     def __init__(self, graph: fx.Graph) -> None:
         found = (n for n in graph.nodes if op_name(n) in _WRITES)
-        self._by_pool = {node.args[_POOLS[0]]: node for node in found}
+        self._by_pool: dict[Any, fx.Node] = {
+            node.args[_POOLS[0]]: node for node in found
+        }
 
     def append_of(self, site: AttentionSite) -> fx.Node | None:
         """Return the node that appends the keys of ``site``, or None."""
-        pool = self._pool(site)
-        return self._by_pool.get(pool) if pool is not None else None
+        return self._by_pool.get(self._pool(site))
 
     def of(self, site: AttentionSite) -> tuple[CacheState, CacheState] | None:
         """Return the states of keys and values where ``site`` writes to pages."""
-        append: Any = self.append_of(site)
         pool = self._pool(site)
+        append: Any = self._by_pool.get(pool)
         if append is None:
             return None
         given = pool is not None and pool.op == "placeholder"

@@ -78,9 +78,9 @@ def drop_tokens(model: ModelGraph, drop: Drop, is_first: bool = True) -> None:
 
     Drops of one graph are made from the deepest layer to the first, which ``is_first``:
     then what is behind a drop follows the earlier one, its counts too, and values are
-    inferred once. Kept tokens stay in their order and
-    keep their positions: cosines, sines and masks are gathered with them. A token that
-    is a mean of several has the position of the last of them.
+    inferred once. Kept tokens stay in their order and keep their positions: cosines,
+    sines and masks are gathered with them. A token that is a mean of several has the
+    position of the last of them.
     """
     layer, graph = model.layers[drop.layer], model.gm.graph
     stream = stream_behind(layer)

@@ -50,12 +50,12 @@ def hold_tokens(
     """
     place = torch.arange(depth.shape[1], device=depth.device)
     held = place < past[:, None]
-    if bool((held & (depth != WHOLE)).any()):
-        lost = int((held & (depth != WHOLE)).sum())
+    lost = held & (depth != WHOLE)
+    if bool(lost.any()):
         raise RuntimeError(
-            f"graphopt.Cache: {lost} of {int(past.sum())} tokens were dropped behind "
-            "some layer, and this call attends to all; decode token by token with the "
-            "pass 'token-drop' compiled in, or reset the cache"
+            f"graphopt.Cache: {int(lost.sum())} of {int(past.sum())} tokens were "
+            "dropped behind some layer, and this call attends to all; decode token by "
+            "token with the pass 'token-drop' compiled in, or reset the cache"
         )
     fresh = ~held & (place < past[:, None] + new)
     depth.masked_fill_(fresh, WHOLE)
