@@ -52,10 +52,22 @@ def _print_visible(interval: Any) -> str:
     return f"  visible({lower}, {upper});"
 
 
+class _PackedArguments(ctypes.Structure):
+    """Mirrors ``struct PackedArguments`` of attention.cpp.in."""
+
+    _fields_ = (
+        ("base", Arguments),
+        *((name, ctypes.c_void_p) for name in ("starts", "lengths")),
+        ("prompts", ctypes.c_int64),
+    )
+
+
 @cache
-def _kernel(pattern: str) -> Any:
+def _kernel(pattern: str, packed: bool = False) -> Any:
     stem = f"attention_{pattern.replace('-', '_')}"
-    return entry_point(stem, emit(pattern), "graphopt_attention", Arguments)
+    symbol = "graphopt_packed_attention" if packed else "graphopt_attention"
+    structure = _PackedArguments if packed else Arguments
+    return entry_point(stem, emit(pattern), symbol, structure)
 
 
 def launch(
@@ -74,14 +86,45 @@ def launch(
 
     Raises KernelError when the kernel cannot be built here.
     """
-    heads = query.shape[1]
     out = query.new_empty((*query.shape[:3], value.shape[-1]))
     filled = arguments(query, key, value, out, key_mask, query_offset, scale, softcap)
-    sinks, windows = table(sink, heads), table(window, heads)
-    filled.sink = ctypes.cast(sinks, ctypes.c_void_p)
-    filled.window = ctypes.cast(windows, ctypes.c_void_p)
+    tables = _tables(filled, sink, window)
     _kernel(pattern)(ctypes.byref(filled))
+    del tables
     return out
 
 
-__all__ = ["emit", "launch", "supports"]
+def _tables(filled: Arguments, sink: Sequence[int], window: Sequence[int]) -> Any:
+    """Point ``filled`` to its tables; they must live until the call."""
+    tables = [table(values, filled.num_heads) for values in (sink, window)]
+    filled.sink, filled.window = (ctypes.cast(t, ctypes.c_void_p) for t in tables)
+    return tables
+
+
+def launch_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    pattern: str,
+    sink: Sequence[int],
+    window: Sequence[int],
+    scale: float,
+    softcap: float,
+    out: torch.Tensor,
+) -> None:
+    """Run all prompts of a packed row; as `graphopt.ops.packed`, tensors of one row.
+
+    ``out`` [1, Hq, N, Dv] may have any strides but that of its channels, and keeps what
+    it had where there is no prompt. Raises KernelError when the kernel cannot be built.
+    """
+    base = arguments(query, key, value, out, key_mask, 0, scale, softcap)
+    tables = _tables(base, sink, window)
+    where = (starts.data_ptr(), lengths.data_ptr(), starts.numel())
+    _kernel(pattern, packed=True)(ctypes.byref(_PackedArguments(base, *where)))
+    del tables
+
+
+__all__ = ["emit", "launch", "launch_packed", "supports"]

@@ -27,7 +27,7 @@ class Arguments(ctypes.Structure):
             for name in ("batch", "num_heads", "num_kv_heads", "query_len", "kv_len")
         ),
         *((name, ctypes.c_int64) for name in ("head_dim", "value_dim")),
-        *((f"{name}_strides", ctypes.c_int64 * 4) for name in "qkv"),
+        *((f"{x}_strides", ctypes.c_int64 * 4) for x in ("q", "k", "v", "out")),
         ("mask_strides", ctypes.c_int64 * 2),
         *((name, ctypes.c_int64) for name in ("query_offset", "dtype", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
@@ -90,7 +90,10 @@ def arguments(
     scale: float,
     softcap: float,
 ) -> Arguments:
-    """Return the arguments; tables of sink and window are left null."""
+    """Return the arguments; tables of sink and window are left null.
+
+    Channels of ``out`` lie side by side.
+    """
     batch, heads, rows, dim = query.shape
     mask_strides = (0, 0) if key_mask is None else key_mask.stride()
     return Arguments(
@@ -98,7 +101,7 @@ def arguments(
         None if key_mask is None else key_mask.data_ptr(),
         *(None, None),
         *(batch, heads, key.shape[1], rows, key.shape[2], dim, value.shape[-1]),
-        *((ctypes.c_int64 * 4)(*t.stride()) for t in (query, key, value)),
+        *((ctypes.c_int64 * 4)(*t.stride()) for t in (query, key, value, out)),
         (ctypes.c_int64 * 2)(*mask_strides),
         *(query_offset, DTYPES[query.dtype], torch.get_num_threads()),
         *(scale, softcap),
