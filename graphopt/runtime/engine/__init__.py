@@ -1,0 +1,1 @@
+"""The serving engine: continuous batching of requests over paged keys and values."""
