@@ -32,13 +32,19 @@ class _AppendArguments(ctypes.Structure):
 
     _fields_ = (
         ("set", PageSetArguments),
-        *((name, ctypes.c_void_p) for name in ("key", "value", "past", "statistics")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("key", "value", "past", "starts", "statistics")
+        ),
         *((f"{name}_strides", ctypes.c_int64 * 4) for name in ("key", "value")),
         *(
             (name, ctypes.c_int64)
             for name in ("batch", "length", "key_dim", "value_dim", "dtype", "threads")
         ),
-        *((name, ctypes.c_int64) for name in ("sink_pages", "ring_pages", "extremes")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("sink_pages", "ring_pages", "extremes", "wrong_row")
+        ),
     )
 
 
@@ -94,18 +100,77 @@ def append(
 
     Raises KernelError when the kernel cannot be built here.
     """
-    batch, _, length, dim = key.shape
     table, past = table.contiguous(), past.contiguous()
-    filled = _AppendArguments(
-        page_set(key_pages, value_pages, key_scales, value_scales, table),
-        *(key.data_ptr(), value.data_ptr(), past.data_ptr()),
-        None if statistics is None else statistics.data_ptr(),
-        *((ctypes.c_int64 * 4)(*t.stride()) for t in (key, value)),
-        *(batch, length, dim, value.shape[-1]),
-        *(DTYPES[key.dtype], torch.get_num_threads()),
-        *(sink_pages, ring_pages, extremes),
-    )
+    pages = page_set(key_pages, value_pages, key_scales, value_scales, table)
+    keep = (sink_pages, ring_pages, extremes)
+    filled = _filled(key, value, past, None, pages, statistics, *keep)
     _append()(ctypes.byref(filled))
 
 
-__all__ = ["append", "emit_append", "page_set", "pages_text", "supports"]
+def append_ragged(
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    past: Tensor,
+    table: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> None:
+    """Run the kernel; shapes and arguments as `graphopt.ops.pages.ragged_append`.
+
+    Raises KernelError when the kernel cannot be built here, ValueError for a row that
+    the call or its table has no place for.
+    """
+    starts, past, table = (t.contiguous() for t in (starts, past, table))
+    pages = page_set(key_pages, value_pages, key_scales, value_scales, table)
+    filled = _filled(key, value, past, starts, pages, None, 0, 0, 0)
+    _append()(ctypes.byref(filled))
+    if filled.wrong_row >= 0:
+        row = (filled.wrong_row, starts, past, table, key.shape[2])
+        raise misplaced("append_ragged", *row)
+
+
+def _filled(
+    key: Tensor,
+    value: Tensor,
+    past: Tensor,
+    starts: Tensor | None,
+    pages: PageSetArguments,
+    statistics: Tensor | None,
+    *keep: int,
+) -> _AppendArguments:
+    length, dim = key.shape[2:]
+    return _AppendArguments(
+        pages,
+        *(key.data_ptr(), value.data_ptr(), past.data_ptr()),
+        *(None if t is None else t.data_ptr() for t in (starts, statistics)),
+        *((ctypes.c_int64 * 4)(*t.stride()) for t in (key, value)),
+        *(len(past), length, dim, value.shape[-1]),
+        *(DTYPES[key.dtype], torch.get_num_threads()),
+        *(*keep, -1),
+    )
+
+
+def misplaced(
+    name: str, row: int, starts: Tensor, past: Tensor, table: Tensor, tokens: int
+) -> ValueError:
+    """Return the error of a row for whose tokens a call has no place."""
+    begin, end = starts[row : row + 2].tolist()
+    return ValueError(
+        f"graphopt.{name}: row {row} has tokens {begin} to {end} of {tokens} behind "
+        f"{int(past[row])} in pages for {table.shape[1] * PAGE}; starts must ascend up "
+        "to the call's tokens, and a row's table have pages for all of its own"
+    )
+
+
+__all__ = [
+    "append",
+    "append_ragged",
+    "emit_append",
+    "misplaced",
+    "page_set",
+    "pages_text",
+    "supports",
+]

@@ -5,6 +5,8 @@ from graphopt.ops.pages.attention import page_attention_reference
 from graphopt.ops.pages.held import Held, PageSet
 from graphopt.ops.pages.layout import LOGICAL, PAGE, pages_of
 from graphopt.ops.pages.places import place_attention, place_scores, write_tokens
+from graphopt.ops.pages.ragged import ragged_page_attention_reference
+from graphopt.ops.pages.ragged_append import append_ragged_reference
 from graphopt.ops.pages.read import read_reference
 
 __all__ = [
@@ -12,11 +14,13 @@ __all__ = [
     "PAGE",
     "Held",
     "PageSet",
+    "append_ragged_reference",
     "append_reference",
     "page_attention_reference",
     "pages_of",
     "place_attention",
     "place_scores",
+    "ragged_page_attention_reference",
     "read_reference",
     "write_tokens",
 ]
