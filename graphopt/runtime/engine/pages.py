@@ -38,6 +38,7 @@ class PagePool:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._nodes: dict[tuple[int, tuple[int, ...]], _Node] = {}
         self._node_of: dict[int, _Node] = {}
+        self._children: Counter[int] = Counter()  # by node: a chain's end has none
         self._ids = count(ROOT + 1)
 
     @property
@@ -70,6 +71,8 @@ class PagePool:
     def _forget(self, page: int) -> None:
         node = self._node_of.pop(page)
         del self._nodes[node.parent, node.tokens]
+        self._children[node.parent] -= 1
+        del self._children[node.id]
 
     def hold(self, pages: Iterable[int]) -> None:
         """Hold pages that `find` returned once more."""
@@ -85,12 +88,27 @@ class PagePool:
         """
         for page in reversed(pages):
             self._holders[page] -= 1
-            if self._holders[page]:
-                continue
-            if page in self._node_of:
-                self._idle[page] = None
-            else:
-                self._blank.append(page)
+            if self._holders[page] == 0:
+                self._lay_down(page)
+
+    def discard(self, pages: Sequence[int]) -> None:
+        """Release pages whose content nobody should find: their request failed.
+
+        Pages that another request uses, or has built on, stay as they are.
+        """
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                node = self._node_of.get(page)
+                if node is not None and not self._children[node.id]:
+                    self._forget(page)
+                self._lay_down(page)
+
+    def _lay_down(self, page: int) -> None:
+        if page in self._node_of:
+            self._idle[page] = None
+        else:
+            self._blank.append(page)
 
     def find(self, tokens: Sequence[int]) -> list[int]:
         """Return the pages that hold the first full pages of ``tokens``.
@@ -124,6 +142,7 @@ class PagePool:
             return known.page
         node = _Node(next(self._ids), parent, tokens, page)
         self._nodes[parent, tokens] = self._node_of[page] = node
+        self._children[parent] += 1
         return page
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
@@ -140,5 +159,7 @@ class PagePool:
         assert self._node_of.keys().isdisjoint(self._blank)
         known = {node.id for node in self._nodes.values()} | {ROOT}
         assert {node.parent for node in self._nodes.values()} <= known
+        parents = Counter(node.parent for node in self._nodes.values())
+        assert parents == +self._children
         pages = {node.page: node for node in self._nodes.values()}
         assert len(pages) == len(self._nodes) and pages == self._node_of

@@ -64,20 +64,23 @@ class Sampler:
         self._end_ids = sorted(end_ids)
         self._generator: torch.Generator | None = None
 
-    def draw(self, logits: Tensor, drawn: int) -> int:
-        """Return the next token behind ``drawn`` ones; logits: [V].
+    def is_argmax(self, drawn: int) -> bool:
+        """Tell whether the token behind ``drawn`` ones is the likeliest of all."""
+        return self._params.temperature == 0 and not self._barred(drawn)
 
-        Raises ValueError for logits that are no numbers.
-        """
+    def draw(self, logits: Tensor, drawn: int) -> int:
+        """Return the next token behind ``drawn`` ones; logits: [V], finite."""
         scores = logits.float()
-        if drawn < self._params.min_new_tokens and self._end_ids:
+        if self._barred(drawn):
             scores = scores.clone()
             scores[[i for i in self._end_ids if i < len(scores)]] = -torch.inf
-        if not bool(scores.amax().isfinite()):
-            raise ValueError("its logits are not finite")
         if self._params.temperature == 0:
             return int(scores.argmax())
         return self._sample(scores / self._params.temperature)
+
+    def _barred(self, drawn: int) -> bool:
+        """Tell whether it is too early for the tokens that end the request."""
+        return drawn < self._params.min_new_tokens and bool(self._end_ids)
 
     def _sample(self, scores: Tensor) -> int:
         if self._params.top_p < 1:
@@ -101,3 +104,13 @@ def _nucleus(scores: Tensor, top_p: float) -> Tensor:
     outside = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
     outside[-1] = False
     return scores.masked_fill(outside.scatter(0, order, outside), -torch.inf)
+
+
+def likeliest(logits: Tensor) -> list[int | None]:
+    """Return each row's likeliest token, None for logits that are no numbers.
+
+    logits: [N, V]. Waits for the device once for all.
+    """
+    best, token = logits.max(-1)
+    known = torch.where(best.isfinite(), token, -1).tolist()
+    return [None if token < 0 else token for token in known]

@@ -1,0 +1,62 @@
+"""Decode-maximal batches: every decode, and as much of prompts as the tiles take.
+
+Source: SARATHI (arXiv 2308.16369), section 4; Sarathi-Serve (arXiv 2403.02310),
+algorithm 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from graphopt.runtime.engine.schedulers.draft import Draft
+from graphopt.runtime.engine.schedulers.steps import make_room, prefills, run_decodes
+from graphopt.runtime.engine.schedulers.views import Board, Plan, View
+
+
+class Sarathi:
+    """Decodes first, then prompts begun, then waiting ones, each first come first.
+
+    The decodes count in the budget. Where work goes on in the next step anyway, the
+    tokens of decodes and chunks together are a multiple of the tile: a matrix
+    product takes as long for 129 rows as for 256.
+    """
+
+    def plan(self, board: Board) -> Plan:
+        """Return the next step."""
+        draft = Draft(board)
+        run_decodes(draft)
+        decodes = draft.used
+        limit = board.limits.chunk_limit or board.limits.budget
+        _continue(draft, limit)
+        _admit(draft, board.waiting, limit)
+        # What nobody else wants goes to those that the limit held back.
+        _continue(draft, board.limits.budget)
+        _align(draft, decodes)
+        return draft.plan()
+
+
+def _continue(draft: Draft, limit: int) -> None:
+    for view in prefills(draft):
+        wants = draft.left and draft.runs(view) and draft.pending(view)
+        if wants and make_room(draft, view):
+            _chunk(draft, view, limit)
+
+
+def _admit(draft: Draft, waiting: Iterable[View], limit: int) -> None:
+    for view in waiting:
+        if not draft.left or not draft.admit(view):
+            return
+        _chunk(draft, view, limit)
+
+
+def _chunk(draft: Draft, view: View, limit: int) -> None:
+    tokens = min(draft.pending(view), draft.left, limit, draft.room(view))
+    draft.give(view, tokens)
+
+
+def _align(draft: Draft, decodes: int) -> None:
+    total = draft.used
+    over = total % draft.limits.tile
+    goes_on = len(draft.shares) > 1
+    if goes_on and total - over > decodes:
+        draft.trim(over)
