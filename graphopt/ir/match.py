@@ -72,6 +72,11 @@ def op_name(node: fx.Node) -> str:
     return _SYNONYMS.get(name, name)
 
 
+def is_own(node: fx.Node) -> bool:
+    """Tell whether ``node`` calls one of graphopt's operators."""
+    return op_name(node).startswith("graphopt.")
+
+
 def raw_name(node: fx.Node) -> str:
     """Return the name of a call as it is spelt, without its module."""
     target: Any = node.target

@@ -3,6 +3,7 @@
 from graphopt.ops.attention import attention
 from graphopt.ops.block_list import BlockList
 from graphopt.ops.block_selection import select_blocks
+from graphopt.ops.packed import packed_attention
 from graphopt.ops.reference import attention_reference
 from graphopt.ops.selection import select_vertical_slash
 from graphopt.ops.skinny_linear import skinny_linear
@@ -16,6 +17,7 @@ __all__ = [
     "attention",
     "attention_reference",
     "keep_tokens",
+    "packed_attention",
     "select_blocks",
     "select_vertical_slash",
     "skinny_linear",

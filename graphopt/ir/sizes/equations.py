@@ -9,6 +9,7 @@ stay the same in number, broadcast sizes must be equal, inner sizes of a product
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,14 @@ class SizeEquations:
     """The values of the nodes visited so far, and the unknowns between them.
 
     ``points`` is the number of trial token counts. Nodes are visited in graph order.
+    What ``watch`` raises at an operator counts as its refusal.
     """
 
-    def __init__(self, points: int) -> None:
+    def __init__(
+        self, points: int, watch: AbstractContextManager[Any] | None = None
+    ) -> None:
         self.points = points
-        self.runs = FakeRuns()
+        self.runs = FakeRuns(watch)
         self.unknowns: list[Unknown] = []
         self._solver = Readings()
         self._values: dict[fx.Node, Values] = {}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt import _compat
-from graphopt.ir.match import is_mutating, raw_name
+from graphopt.ir.match import is_mutating, is_own, raw_name
 
 
 class FakeRuns:
@@ -16,11 +17,13 @@ class FakeRuns:
 
     Tensors with the same sizes, strides, dtype and device are one object, so that
     identity tells whether two results have the same form. Layers repeat, so that most
-    calls of a deep model are found among those already made.
+    calls of a deep model are found among those already made. ``watch`` is entered for
+    each call of an operator that is not graphopt's own; what it raises, `call` does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: AbstractContextManager[Any] | None = None) -> None:
         self._mode = _compat.new_fake_mode()
+        self._watch = watch or nullcontext()
         self._tensors: dict[Any, torch.Tensor] = {}
         self._results: dict[Any, Any] = {}
 
@@ -66,9 +69,10 @@ class FakeRuns:
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         try:
             with _compat.trying_fakes(), self._mode, torch.no_grad():
-                if is_mutating(node):
-                    return self._mutate(node, args, kwargs)
-                result = apply(node, args, kwargs)
+                with nullcontext() if is_own(node) else self._watch:
+                    if is_mutating(node):
+                        return self._mutate(node, args, kwargs)
+                    result = apply(node, args, kwargs)
             return fx.node.map_aggregate(_plain(result), self._shared)
         except Exception as error:
             return error

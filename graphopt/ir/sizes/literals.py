@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from graphopt.ir.match import is_mutating, op_name, shape_of, value_of
+from graphopt.ir.match import is_mutating, is_own, op_name, shape_of, value_of
 from graphopt.ir.sizes.equations import SizeEquations
 from graphopt.ir.sizes.slots import TOKENS, LiteralReadings, Reading, leaves
 
@@ -25,7 +25,7 @@ def literal_readings(
 
     Numbers of graphopt's own ops are windows and the like, put there by a pass.
     """
-    if op_name(node).startswith("graphopt."):
+    if is_own(node):
         return {}
     found = {i: literals.of(leaf) for i, leaf in enumerate(leaves(node))}
     return {i: readings for i, readings in found.items() if len(readings) > 1}

@@ -88,7 +88,7 @@ def drop_tokens(model: ModelGraph, drop: Drop, is_first: bool = True) -> None:
     point = stream.next
     if drop.scores is not None:
         point = max(point, drop.scores.next, key=list(graph.nodes).index)
-    crossing = _crossing(model, point)
+    crossing = crossing_tokens(model, point)
     with graph.inserting_before(point):
         kept = _kept(graph, layer, drop)
         if drop.left is not None:
@@ -112,7 +112,7 @@ def drop_chosen(
     Like `drop_tokens`, with any rule for what stays.
     """
     _ = model.symbols  # before nodes of T' go in
-    crossing = _crossing(model, point)
+    crossing = crossing_tokens(model, point)
     with model.gm.graph.inserting_before(point):
         kept = choose()
         gathered = {node: _taken(model, node, kept) for node in crossing}
@@ -149,7 +149,7 @@ def stream_behind(layer: Layer) -> fx.Node:
     return layer.output
 
 
-def _crossing(model: ModelGraph, point: fx.Node) -> list[fx.Node]:
+def crossing_tokens(model: ModelGraph, point: fx.Node) -> list[fx.Node]:
     """Return what nodes from ``point`` on read of earlier ones, by tokens."""
     order = list(model.gm.graph.nodes)
     cut = order.index(point)

@@ -18,6 +18,7 @@ from graphopt.ir.sizes.slots import LiteralReadings, Reading, leaves
 from graphopt.ir.sizes.token_counts import trial_counts
 from graphopt.ir.sizes.token_inputs import TokenInputs
 from graphopt.ir.tokens.kept import KeptTokens, depends_on_data
+from graphopt.ir.tokens.tokenwise import TokenwiseMode
 
 
 class LaterSizes:
@@ -26,10 +27,15 @@ class LaterSizes:
     Everything else in the graph keeps its sizes, so that a size which means the keys of
     an earlier layer has no other reading that fits. Nodes of ``alike`` have the sizes
     of the first gathered tensor: a layer gives what it got, and nothing broadcasts.
+    With ``tokenwise`` an operator that looks from one token at another cannot run.
     """
 
     def __init__(
-        self, kept: KeptTokens, later: Sequence[fx.Node], alike: Collection[fx.Node]
+        self,
+        kept: KeptTokens,
+        later: Sequence[fx.Node],
+        alike: Collection[fx.Node],
+        tokenwise: bool = False,
     ) -> None:
         self.kept = kept
         self.alike = alike
@@ -38,7 +44,8 @@ class LaterSizes:
         self.inside = set(self.moved)
         self.gm = kept.model.gm
         self.counts = trial_counts(kept.traced, self._taken())
-        self.equations = SizeEquations(len(self.counts))
+        watch = TokenwiseMode(self.counts) if tokenwise else None
+        self.equations = SizeEquations(len(self.counts), watch)
         solved = kept.is_static and kept.traced > 1
         offsets = TokenInputs(self.gm, kept.traced).cached if solved else []
         self.literals = LiteralReadings(kept.traced, self.counts, offsets)

@@ -19,7 +19,7 @@ from graphopt.errors import PassError
 from graphopt.ir.attention.pages import PageRead, read_of, size_without_reading
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.caches.sites import is_given
-from graphopt.ir.match import op_name, value_of
+from graphopt.ir.match import is_own, value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import call, key_mask_of, substitute
 from graphopt.ir.tokens.drop import Drop, Ranking, kept_count, scale_of, stream_behind
@@ -193,7 +193,7 @@ def _widen(
         for node in order[: cut + 1]
         if not later.isdisjoint(node.users)
         and node not in known
-        and not op_name(node).startswith("graphopt.")
+        and not is_own(node)
     ]
     copy = _Copies(graph, descendants(graph, [position] if position else []), tokens)
     copy.repeat(crossing, order[cut].next, later, point.gathered)

@@ -33,6 +33,7 @@ def substitute_tokens(
     gathered: Mapping[fx.Node, fx.Node],
     alike: Collection[fx.Node] = (),
     infer: bool = True,
+    tokenwise: bool = False,
 ) -> list[fx.Node]:
     """Replace tensors by their gathered ones in all later nodes; return those nodes.
 
@@ -44,6 +45,8 @@ def substitute_tokens(
     be any. The graph's output node keeps what it returned: outputs of earlier layers
     have all tokens. T' is an int or, in a dynamic graph, a SymInt. Without ``infer``
     later nodes keep their old values: for one that a substitution before it covers.
+    ``tokenwise``: the tokens may lie in another order, so that operators which look
+    from one token at another, graphopt's own apart, cannot follow.
 
     Sizes of earlier tensors, such as the keys of earlier layers, and of computations on
     all tokens stay. Raises PassError, with the graph as it was, where a later node
@@ -51,7 +54,7 @@ def substitute_tokens(
     graph ask for ``model.symbols`` before new nodes go in: they fix token counts.
     """
     kept = KeptTokens(model, gathered)
-    edit = _Edit(model.gm, kept, infer)
+    edit = _Edit(model.gm, kept, infer, tokenwise)
     try:
         return edit.run(gathered, alike)
     except SizeConflictError as error:
@@ -68,10 +71,12 @@ def substitute_tokens(
 class _Edit:
     """One substitution; it can be undone until it is complete."""
 
-    def __init__(self, gm: fx.GraphModule, kept: KeptTokens, infer: bool) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, kept: KeptTokens, infer: bool, tokenwise: bool
+    ) -> None:
         self.gm = gm
         self.kept = kept
-        self.infer = infer
+        self.infer, self.tokenwise = infer, tokenwise
         self._before = {
             node: (node.args, node.kwargs, value_of(node)) for node in gm.graph.nodes
         }
@@ -83,7 +88,7 @@ class _Edit:
         self, gathered: Mapping[fx.Node, fx.Node], alike: Collection[fx.Node]
     ) -> list[fx.Node]:
         later, self._point = later_nodes(self.gm.graph, gathered)
-        sizes = LaterSizes(self.kept, later, alike)
+        sizes = LaterSizes(self.kept, later, alike, self.tokenwise)
         self.tried = sizes.counts[0]
         changes = sizes.solve()
         mode = _compat.fake_mode_of(self.gm)

@@ -9,6 +9,7 @@ from graphopt.ops.tokens.cached import real_first, visible_tokens
 from graphopt.ops.tokens.dual_scores import dual_scores
 from graphopt.ops.tokens.keep import keep_tokens
 from graphopt.ops.tokens.keep_passing import keep_passing
+from graphopt.ops.tokens.pack import pack_prompts, take_packed, unpack_tokens
 from graphopt.ops.tokens.pool import pool_places, pool_tokens
 from graphopt.ops.tokens.pool_vision import pool_vision
 from graphopt.ops.tokens.returning import WHOLE
@@ -26,14 +27,17 @@ __all__ = [
     "keep_tokens",
     "merge_windows",
     "merged_away",
+    "pack_prompts",
     "pool_places",
     "pool_tokens",
     "pool_vision",
     "real_first",
     "smooth_scores",
     "spread_scores",
+    "take_packed",
     "take_tokens",
     "token_scores",
+    "unpack_tokens",
     "visible_tokens",
     "vision_ranks",
 ]

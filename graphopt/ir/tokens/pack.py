@@ -1,0 +1,180 @@
+"""Lay the prompts of a padded batch end to end: the layers run on real tokens only."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.errors import PassError
+from graphopt.ir.attention.site import AttentionSite
+from graphopt.ir.dce import eliminate_dead_code
+from graphopt.ir.match import op_name, shape_of, value_of
+from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.replace import call, key_mask_of, substitute
+from graphopt.ir.stream.trunk import SELECTING
+from graphopt.ir.tokens.drop import crossing_tokens, scale_of
+from graphopt.ir.tokens.kept import token_sizes
+from graphopt.ir.tokens.substitute import substitute_tokens
+from graphopt.ir.vision.insert import insert
+from graphopt.ir.vision.span import descendants
+
+_ops = torch.ops.graphopt
+# They write tokens to a cache.
+_KEEPING = ("graphopt.append_pages", "graphopt.write_tokens")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Bins or none, and how many of them are reserved; 0 goes by the data."""
+
+    bins: bool = False
+    room: int = 0
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where packed tokens lie, as `graphopt.ops.tokens.pack_prompts` returns it."""
+
+    places: fx.Node
+    starts: fx.Node
+    lengths: fx.Node
+    slots: fx.Node
+    padding: fx.Node  # the mask of the padded batch, and packed
+    mask: fx.Node
+
+
+def pack_tokens(model: ModelGraph, packing: Packing) -> None:
+    """Edit the graph; PassError where it cannot follow: the caller keeps a copy.
+
+    The residual stream and what goes with it (cosines, sines, positions) are packed in
+    front of the first layer. Attention runs prompt by prompt; what leaves the layers
+    (keys and values for a cache, the tokens whose logits are wanted, outputs) gets its
+    padded form back.
+    """
+    _ = model.symbols  # before nodes of the packed length go in
+    stream = _stream(model)
+    point = _first_reader(model.gm.graph, stream)
+    layout = _insert_layout(model, point, packing)
+    for site in model.attention:
+        _pack_attention(model, site, layout)
+    eliminate_dead_code(model.gm)
+    read = crossing_tokens(model, layout.mask.next)
+    crossing = [node for node in read if node is not layout.slots]
+    _restore_outputs(model, crossing, layout)
+    with model.gm.graph.inserting_after(layout.mask):
+        packed = {x: _packed(model, x, layout.places) for x in reversed(crossing)}
+    found = {x: packed[x] for x in crossing} | {layout.padding: layout.mask}
+    substitute_tokens(model, found, tokenwise=True)
+
+
+def _stream(model: ModelGraph) -> fx.Node:
+    if len(model.residual) != 1:
+        raise PassError(f"the graph has {len(model.residual)} stacks of layers")
+    return model.residual[0].input
+
+
+def _first_reader(graph: fx.Graph, stream: fx.Node) -> fx.Node:
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    return min(stream.users, key=lambda node: order[node])
+
+
+def _insert_layout(model: ModelGraph, point: fx.Node, packing: Packing) -> _Layout:
+    graph, site = model.gm.graph, model.attention[0]
+    _require_before(graph, site.key_mask, point)
+    with graph.inserting_before(point):
+        mask = key_mask_of(graph, site)
+        assert mask is not None
+        known = _on_host(graph, mask)
+        options = (packing.bins, packing.room)
+        packed = call(graph, _ops.pack_prompts.default, (known, *options))
+        parts = [insert(graph, operator.getitem, packed, i) for i in range(4)]
+        if known is not mask:
+            device = value_of(mask).device
+            parts = [insert(graph, "to", x, device, non_blocking=True) for x in parts]
+        shown = call(graph, _ops.take_packed.default, (mask, parts[0], 1))
+    return _Layout(*parts, mask, shown)
+
+
+def _require_before(graph: fx.Graph, node: fx.Node | None, point: fx.Node) -> None:
+    order = {n: place for place, n in enumerate(graph.nodes)}
+    if node is None or order[node] > order[point]:
+        raise PassError("the mask of padding is made inside the layers")
+
+
+def _on_host(graph: fx.Graph, mask: fx.Node) -> fx.Node:
+    """Return the mask as the host gave it, where it did: no need to wait for a GPU."""
+    source: Any = mask
+    while op_name(source) == "to":
+        source = source.args[0]
+    moved = shape_of(source) == shape_of(mask)
+    if moved and value_of(source).device != value_of(mask).device:
+        return insert(graph, "ne", source, 0)
+    return mask
+
+
+def _pack_attention(model: ModelGraph, site: AttentionSite, layout: _Layout) -> None:
+    graph = model.gm.graph
+    with graph.inserting_before(site.node):
+        where = (layout.starts, layout.lengths, layout.slots)
+        pattern = (site.pattern, [0], [site.window])
+        logits = (scale_of(site), site.softcap)
+        args = (
+            site.query,
+            site.key,
+            site.value,
+            *where,
+            layout.mask,
+            *pattern,
+            *logits,
+        )
+        node = call(graph, _ops.packed_attention.default, args)
+    substitute(model.gm, site.node, node)
+
+
+def _packed(model: ModelGraph, node: fx.Node, places: fx.Node) -> fx.Node:
+    """Insert ``node`` [B or 1, ..., T, ...] with the packed tokens."""
+    axis = _token_axis(model, node)
+    return call(model.gm.graph, _ops.take_packed.default, (node, places, axis))
+
+
+def _token_axis(model: ModelGraph, node: fx.Node) -> int:
+    symbol, sizes = token_sizes(model)
+    axes = [i for i, size in enumerate(sizes(node)) if size == symbol]
+    if len(axes) != 1 or axes[0] == 0:
+        text = f"{node.name} {shape_of(node)} has not one axis of tokens in its rows"
+        raise PassError(text)
+    return axes[0]
+
+
+def _restore_outputs(
+    model: ModelGraph, crossing: list[fx.Node], layout: _Layout
+) -> None:
+    """Insert the padded form of what readers outside the layers take from them."""
+    graph = model.gm.graph
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    symbol, sizes = token_sizes(model)
+    for node in sorted(descendants(graph, crossing), key=lambda n: order[n]):
+        if order[node] <= order[layout.mask] or not _has(sizes(node), symbol):
+            continue
+        outside = [u for u in node.users if _is_outside(u, symbol, sizes)]
+        if outside:
+            with graph.inserting_after(node):
+                args = (node, layout.slots, _token_axis(model, node))
+                padded = call(graph, _ops.unpack_tokens.default, args)
+            for user in outside:
+                user.replace_input_with(node, padded)
+
+
+def _has(sizes: tuple[Any, ...], symbol: Any) -> bool:
+    return any(symbol in size.free_symbols for size in sizes)
+
+
+def _is_outside(user: fx.Node, symbol: Any, sizes: Any) -> bool:
+    """Tell whether ``user`` takes tokens by their places: returns, selects or keeps."""
+    if user.op == "output" or op_name(user) in _KEEPING:
+        return True
+    return op_name(user) in SELECTING and symbol not in sizes(user)

@@ -1,0 +1,1 @@
+"""Passes over the tokens of whole prompts: packed, and in chunks."""
