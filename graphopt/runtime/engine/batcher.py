@@ -101,14 +101,9 @@ class Batcher(Generic[J]):
 
     def _waiting(self, found: dict[int, list[int]]) -> Iterator[View]:
         for job in tuple(self.waiting):
-            pages = self._find(job)
+            pages = self.pool.find(job.content, job.length)
             found[job.id] = pages
             yield _view(job, pages, len(pages) * self.pool.page_size)
-
-    def _find(self, job: J) -> list[int]:
-        if not self.pool.share:
-            return []
-        return self.pool.find(job.content(0, job.length))
 
     def _admit(self, request: int, pages: list[int]) -> J:
         job = next(job for job in self.waiting if job.id == request)

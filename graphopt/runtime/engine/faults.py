@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -19,17 +19,12 @@ class Row:
     likeliest: int | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
     """The row of each request that samples, and why others failed."""
 
-    rows: dict[int, Row] = field(default_factory=dict)
-    failures: dict[int, Exception] = field(default_factory=dict)
-
-    def join(self, other: Outcome) -> None:
-        """Take over what another run of other pieces gave."""
-        self.rows.update(other.rows)
-        self.failures.update(other.failures)
+    rows: dict[int, Row]
+    failures: dict[int, Exception]
 
 
 def run_pieces(executor: Executor, pieces: Sequence[Piece]) -> Outcome:
@@ -39,28 +34,35 @@ def run_pieces(executor: Executor, pieces: Sequence[Piece]) -> Outcome:
     it runs or one piece is left, which is at fault then. So a fault that needs several
     pieces, such as lack of memory, fails nobody.
     """
-    if not pieces:
-        return Outcome()
-    try:
-        return Outcome(_run(executor, pieces))
-    except PieceError as error:
-        others = [piece for piece in pieces if piece.request != error.request]
-        if len(others) == len(pieces):
-            return _halve(executor, pieces, error)
-        outcome = run_pieces(executor, others)
-        outcome.failures[error.request] = error
-        return outcome
-    except Exception as error:
-        return _halve(executor, pieces, error)
+    failures: dict[int, Exception] = {}
+    while pieces:
+        try:
+            return Outcome(_run(executor, pieces), failures)
+        except PieceError as error:
+            others = [piece for piece in pieces if piece.request != error.request]
+            if len(others) == len(pieces):
+                return _halve(executor, pieces, failures, error)
+            failures[error.request] = error
+            pieces = others
+        except Exception as error:
+            return _halve(executor, pieces, failures, error)
+    return Outcome({}, failures)
 
 
-def _halve(executor: Executor, pieces: Sequence[Piece], error: Exception) -> Outcome:
+def _halve(
+    executor: Executor,
+    pieces: Sequence[Piece],
+    failures: dict[int, Exception],
+    error: Exception,
+) -> Outcome:
     if len(pieces) == 1:
-        return Outcome(failures={pieces[0].request: error})
+        return Outcome({}, {**failures, pieces[0].request: error})
     middle = len(pieces) // 2
-    outcome = run_pieces(executor, pieces[:middle])
-    outcome.join(run_pieces(executor, pieces[middle:]))
-    return outcome
+    one = run_pieces(executor, pieces[:middle])
+    other = run_pieces(executor, pieces[middle:])
+    return Outcome(
+        {**one.rows, **other.rows}, {**failures, **one.failures, **other.failures}
+    )
 
 
 def _run(executor: Executor, pieces: Sequence[Piece]) -> dict[int, Row]:

@@ -9,12 +9,13 @@ content and can be found again until it is reused, the longest unused first.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 from graphopt.ops.pages import PAGE
 
+Content = Callable[[int, int], tuple[int, ...]]  # the tokens of [start, stop)
 ROOT = 0  # the node before the first page of every request
 
 
@@ -110,16 +111,16 @@ class PagePool:
         else:
             self._blank.append(page)
 
-    def find(self, tokens: Sequence[int]) -> list[int]:
-        """Return the pages that hold the first full pages of ``tokens``.
+    def find(self, content: Content, length: int) -> list[int]:
+        """Return the pages that hold the first full pages of ``length`` tokens.
 
         At least one token is left over: its logits are still to be computed.
         """
         found: list[int] = []
         node = ROOT
-        while self.share and (len(found) + 1) * self.page_size < len(tokens):
+        while self.share and (len(found) + 1) * self.page_size < length:
             start = len(found) * self.page_size
-            key = (node, tuple(tokens[start : start + self.page_size]))
+            key = (node, content(start, start + self.page_size))
             if key not in self._nodes:
                 break
             node = self._nodes[key].id

@@ -21,9 +21,9 @@ def run_decodes(draft: Draft) -> None:
             draft.give(view, 1)
 
 
-def make_room(draft: Draft, view: View) -> bool:
-    """Preempt the newest until a token more of a request fits; False if that is it."""
-    while draft.runs(view) and draft.room(view) < 1:
+def make_room(draft: Draft, view: View, tokens: int = 1) -> bool:
+    """Preempt the newest until tokens of a request fit; False if it is itself out."""
+    while draft.runs(view) and draft.room(view) < tokens:
         draft.preempt_newest()
     return draft.runs(view)
 
@@ -40,17 +40,13 @@ def run_whole_prompts(draft: Draft, waiting: Iterable[View]) -> None:
     """
     begun = prefills(draft)
     for view in begun:
-        if not _give_whole(draft, view, first=view is begun[0]):
-            return
+        fits = view is begun[0] or view.pending <= draft.left
+        if fits and make_room(draft, view, view.pending):
+            draft.give(view, view.pending)
     first = not begun
     for view in waiting:
         fits = first or view.pending <= draft.left
         if not fits or not draft.admit(view):
             return
-        _give_whole(draft, view, first=first)
+        draft.give(view, view.pending)
         first = False
-
-
-def _give_whole(draft: Draft, view: View, first: bool) -> bool:
-    fits = first or view.pending <= draft.left
-    return fits and draft.give(view, view.pending)
