@@ -43,6 +43,7 @@ SECONDS = 600  # that one architecture may take
 TOLERANCE = 1e-4  # of the largest output
 SPARSE = "sparse-attention{sink=4,window=8,force=true}"
 DENSE = "sparse-attention{sink=0,window=64,force=true}"  # sees every key
+PACKED = "packed-prefill"
 QUICK = ("llama", "gpt_oss", "mamba")
 # Of MODEL_MAPPING, which also holds the base of every causal model and 400 more: those
 # that token ids or pixels suffice to call.
@@ -141,7 +142,7 @@ def _child(sender: Any, name: str, model_class: str) -> None:
 
 @torch.no_grad()
 def _measure(row: Row, model: torch.nn.Module) -> None:
-    difference, dense = 0.0, 0.0
+    difference, dense, packed = 0.0, 0.0, 0.0
     for inputs in model_inputs(model):
         for gm in capture(model, **inputs):
             fold_float_attributes(gm)
@@ -151,8 +152,11 @@ def _measure(row: Row, model: torch.nn.Module) -> None:
             # Rows of padding, which see no key, are not the same to an inexact pass.
             if "attention_mask" not in inputs:
                 dense = max(dense, _changed(row, gm, DENSE))
+            else:
+                packed = max(packed, _packed(row, gm, inputs["attention_mask"]))
             _changed(row, gm, SPARSE)
     row |= {"difference": difference, "dense_difference": dense}
+    row |= {"packed_difference": packed}
 
 
 def _describe(row: Row, view: ModelGraph) -> None:
@@ -186,10 +190,41 @@ def _changed(row: Row, gm: fx.GraphModule, config: str | None) -> float:
     return worst / max(largest, 1e-6)
 
 
+def _packed(row: Row, gm: fx.GraphModule, mask: torch.Tensor) -> float:
+    """Return the largest difference of real tokens when prompts lie end to end."""
+    copy = copy_module(gm)
+    report, _ = rewrite(copy, parse_options({"config": PACKED}))
+    _count(row, report, PACKED)
+    if not any(record.changed for record in report.records):
+        row["packed_refused"] = [_general(r.message) for r in report.all_remarks()]
+        return 0.0
+    worst = 0.0
+    with torch.no_grad():
+        results = (module(*gm.meta["arguments"]) for module in (gm, copy))
+    for before, after in zip(*results, strict=True):
+        if isinstance(before, torch.Tensor) and before.is_floating_point():
+            want, got = (_real(x, mask) for x in (before, after))
+            scale = max(float(want.abs().max()), 1e-6)
+            worst = max(worst, float((want - got).abs().max()) / scale)
+    return worst
+
+
+def _real(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Hide padding in an output whose rows have tokens on some axis."""
+    axes = [axis for axis, size in enumerate(x.shape) if axis and size == TOKENS]
+    if not axes or x.shape[0] != mask.shape[0]:
+        return x
+    shown = mask.view(
+        mask.shape[0], *(TOKENS if a == axes[0] else 1 for a in range(1, x.ndim))
+    )
+    return x * shown
+
+
 def _count(row: Row, report: CompileReport, config: str | None) -> None:
     remarks = report.all_remarks()
     applied = sum(r.code == "rewritten" for r in remarks)
-    key = {None: "lossless", DENSE: "dense", SPARSE: "sparse"}[config]
+    keys = {None: "lossless", DENSE: "dense", SPARSE: "sparse", PACKED: "packed"}
+    key = keys[config]
     row[key] = row.get(key, 0) + applied
     failures = [r.message for r in remarks if r.kind == "failure"]
     if failures:

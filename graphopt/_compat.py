@@ -202,12 +202,12 @@ def new_size(like: torch.Tensor, most: Any) -> Any:
     return size
 
 
-def discarding_sizes(gm: fx.GraphModule) -> Any:
+def discarding_sizes(mode: Any) -> Any:
     """Return a context for inferring values: sizes that depend on data are expected.
 
     Each run on fake tensors makes a new one, and only a tracer must account for them.
     """
-    environment = getattr(fake_mode_of(gm), "shape_env", None)
+    environment = getattr(mode, "shape_env", None)
     if environment is None:
         return contextlib.nullcontext()
     return environment.ignore_fresh_unbacked_symbols()

@@ -107,6 +107,7 @@ def launch_packed(
     value: torch.Tensor,
     starts: torch.Tensor,
     lengths: torch.Tensor,
+    longest: int,
     key_mask: torch.Tensor | None,
     pattern: str,
     sink: Sequence[int],

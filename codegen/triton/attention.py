@@ -68,13 +68,14 @@ def launch(
     given = {"sink": sink, "window": window}
     arguments += [table_argument(spec, given[name], query) for name in spec.parameters]
     arguments += [query_offset, scale, *([softcap] if softcap else [])]
-    _run(spec, arguments, query, key.shape[2])
+    run(spec, arguments, query, key.shape[2])
     return out
 
 
-def _run(
+def run(
     spec: AttentionSpec, arguments: list[object], query: torch.Tensor, kv_len: int
 ) -> None:
+    """Launch the kernel of ``spec`` with the tile that suits its device and lengths."""
     kernel = load(spec).launch
     with torch.cuda.device_of(query):
         tile = choose_tile(spec, kernel, arguments, query, kv_len)

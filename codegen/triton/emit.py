@@ -156,8 +156,11 @@ def _flags(spec: AttentionSpec, kind: str) -> frozenset[str]:
     flags |= {"TABLE_DENSE_ROWS"} if spec.is_visit and spec.per_head else set()
     for name in map(str.upper, spec.parameters):
         flags |= {name, f"TABLE_{name}"} if spec.per_head else {name}
+    layout = "PACKED" if spec.packed else "ROWS"
+    flags.add(layout)
     if spec.has_key_mask:
         flags |= {"KEY_MASK", "PARTIAL_MASK" if partial else "FULL_MASK"}
+        flags.add(f"{layout}_MASK")
     if partial or spec.has_key_mask:
         flags.add("SEEN")
     return frozenset(flags)
@@ -165,7 +168,8 @@ def _flags(spec: AttentionSpec, kind: str) -> frozenset[str]:
 
 def _words(spec: AttentionSpec, kind: str) -> dict[str, str]:
     expr = spec.predicate.expr
-    unspecialized = [*spec.parameters, "query_len", "kv_len", "query_offset"]
+    lengths = [] if spec.packed else ["query_len", "kv_len"]
+    unspecialized = [*spec.parameters, *lengths, "query_offset"]
     if spec.is_visit:
         unspecialized += ["run_capacity", "column_capacity", "dense_rows"]
     if spec.block:
@@ -183,6 +187,7 @@ def _words(spec: AttentionSpec, kind: str) -> dict[str, str]:
         "VALUE_DIM": str(spec.value_dim),
         "GROUP": str(spec.group),
         "KIND": kind,
+        "OUT_STRIDE": "out_stride_m" if spec.packed else "VALUE_DIM",
         "LIST_BLOCK": str(BLOCK),
         "KEY_BLOCK": str(spec.block),
         # Gathered keys have no order: 64-bit offsets of their own.

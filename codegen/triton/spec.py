@@ -43,6 +43,8 @@ class AttentionSpec:
     """Sink and window are int32 tables [Hq] instead of one number each."""
     block: int = 0
     """Tokens of a block where some heads have block lists; 0 where none has."""
+    packed: bool = False
+    """Prompts of their own lengths lie end to end in one batch row."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -77,6 +79,7 @@ class AttentionSpec:
                 ("softcap", self.has_softcap),
                 ("heads", self.per_head),
                 (f"blocks{self.block}", self.block),
+                ("packed", self.packed),
             )
             if on
         ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt import _compat
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.match import (
     float_of,
@@ -147,7 +148,7 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
     node = graph.call_function(target, args)
     values = fx.map_arg(args, lambda n: n.meta["example_value"])
     query: Any = values[0]
-    with query.fake_mode:
+    with query.fake_mode, _compat.discarding_sizes(query.fake_mode):
         node.meta["example_value"] = target(*values)
     return node
 

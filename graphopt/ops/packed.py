@@ -15,7 +15,7 @@ next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,14 +81,15 @@ def packed_reference(
 ) -> Tensor:
     """Attend prompt by prompt in plain ATen; any device and float."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = (_row(x) for x in (query, key, value))
+    q, k, v = _row(query), _row(key), _row(value)
     mask = None if key_mask is None else key_mask.reshape(1, -1)
     found = [q.new_zeros((1, q.shape[1], q.shape[2], v.shape[-1]))]
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        own = [x.narrow(2, start, length) for x in (q, k, v)]
+        own_q, own_k, own_v = (x.narrow(2, start, length) for x in (q, k, v))
         shown = None if mask is None else mask.narrow(1, start, length)
-        table = (pattern, sink, window, 0, scale, softcap)
-        part = attention_reference(*own, shown, *table)
+        part = attention_reference(
+            own_q, own_k, own_v, shown, pattern, sink, window, 0, scale, softcap
+        )
         after = q.shape[2] - start - length
         found.append(torch.nn.functional.pad(part, (0, 0, start, after)))
     return _as_rows(torch.stack(found).sum(0), query)
@@ -106,7 +107,25 @@ def _as_rows(row: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.library.impl(_library, "packed_attention", "CPU")
-def _cpu(
+def _cpu(query: Tensor, *inputs: Any) -> Tensor:
+    from graphopt.codegen.cpp import attention as cpp
+
+    if not cpp.supports(query.dtype):
+        return packed_reference(query, *inputs)
+    return _launched(cpp.launch_packed, query, *inputs)
+
+
+@torch.library.impl(_library, "packed_attention", "CUDA")
+def _cuda(query: Tensor, *inputs: Any) -> Tensor:
+    from graphopt.codegen.triton import packed
+
+    if not packed.supports(query.dtype):
+        return packed_reference(query, *inputs)
+    return _launched(packed.launch, query, *inputs)
+
+
+def _launched(
+    launch: Callable[..., None],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -120,29 +139,13 @@ def _cpu(
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    from graphopt.codegen.cpp import attention as cpp
-
-    rest = (pattern, sink, window, scale, softcap)
-    where = (starts, lengths)
-    if not cpp.supports(query.dtype):
-        return packed_reference(query, key, value, *where, slots, key_mask, *rest)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out = _result(query, value).zero_()
     mask = None if key_mask is None else key_mask.reshape(1, -1)
-    cpp.launch_packed(
-        *(_row(x) for x in (query, key, value)), *where, mask, pattern, sink, window,
-        scale, softcap, _row(out),
-    )  # fmt: skip
+    rows = (_row(query), _row(key), _row(value))
+    where = (starts, lengths, slots.shape[1])
+    launch(*rows, *where, mask, pattern, sink, window, scale, softcap, _row(out))
     return out
-
-
-@torch.library.impl(_library, "packed_attention", "CUDA")
-def _cuda(*inputs: Any) -> Tensor:
-    from graphopt.codegen.triton import packed
-
-    if not packed.supports(inputs[0].dtype):
-        return packed_reference(*inputs)
-    return packed.launch(*inputs)
 
 
 register_backward(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from graphopt.errors import PassError
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.copying import copy_graph
-from graphopt.ir.match import same_size, shape_of, size_expr
+from graphopt.ir.match import op_name, same_size, shape_of, size_expr
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.tokens.pack import Packing, pack_tokens
 from graphopt.passes.base import Pass, PassContext, PassResult, option
@@ -120,6 +120,13 @@ def _site_refusal(site: AttentionSite, first: AttentionSite) -> tuple[str, str] 
         return "past", f"{name} has {lengths[1]} keys for {lengths[0]} queries"
     if site.pattern not in ("full", "causal", "sliding-window"):
         return "attention", f"{name} runs on the pattern '{site.pattern}' already"
-    if site.key_mask is not first.key_mask:
+    if _given(site.key_mask) is not _given(first.key_mask):
         return "masks", f"{name} and attention[0] hide keys by different masks"
     return None
+
+
+def _given(mask: Any) -> Any:
+    """Return what a mask was cast from: layers of several kinds cast it anew."""
+    while op_name(mask) == "to":
+        mask = mask.args[0]
+    return mask

@@ -68,11 +68,11 @@ class FakeRuns:
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         try:
-            with _compat.trying_fakes(), self._mode, torch.no_grad():
-                with nullcontext() if is_own(node) else self._watch:
-                    if is_mutating(node):
-                        return self._mutate(node, args, kwargs)
-                    result = apply(node, args, kwargs)
+            watch = nullcontext() if is_own(node) else self._watch
+            with _compat.trying_fakes(), self._mode, torch.no_grad(), watch:
+                if is_mutating(node):
+                    return self._mutate(node, args, kwargs)
+                result = apply(node, args, kwargs)
             return fx.node.map_aggregate(_plain(result), self._shared)
         except Exception as error:
             return error

@@ -91,12 +91,19 @@ def _insert_layout(model: ModelGraph, point: fx.Node, packing: Packing) -> _Layo
         known = _on_host(graph, mask)
         options = (packing.bins, packing.room)
         packed = call(graph, _ops.pack_prompts.default, (known, *options))
-        parts = [insert(graph, operator.getitem, packed, i) for i in range(4)]
-        if known is not mask:
-            device = value_of(mask).device
-            parts = [insert(graph, "to", x, device, non_blocking=True) for x in parts]
-        shown = call(graph, _ops.take_packed.default, (mask, parts[0], 1))
-    return _Layout(*parts, mask, shown)
+        places, starts, lengths, slots = (
+            _on_device(graph, insert(graph, operator.getitem, packed, i), mask)
+            for i in range(4)
+        )
+        shown = call(graph, _ops.take_packed.default, (mask, places, 1))
+    return _Layout(places, starts, lengths, slots, mask, shown)
+
+
+def _on_device(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
+    device = value_of(like).device
+    if value_of(node).device == device:
+        return node
+    return insert(graph, "to", node, device, non_blocking=True)
 
 
 def _require_before(graph: fx.Graph, node: fx.Node | None, point: fx.Node) -> None:
@@ -160,7 +167,7 @@ def _restore_outputs(
     for node in sorted(descendants(graph, crossing), key=lambda n: order[n]):
         if order[node] <= order[layout.mask] or not _has(sizes(node), symbol):
             continue
-        outside = [u for u in node.users if _is_outside(u, symbol, sizes)]
+        outside = [u for u in node.users if _is_outside(u, node, symbol, sizes)]
         if outside:
             with graph.inserting_after(node):
                 args = (node, layout.slots, _token_axis(model, node))
@@ -173,8 +180,10 @@ def _has(sizes: tuple[Any, ...], symbol: Any) -> bool:
     return any(symbol in size.free_symbols for size in sizes)
 
 
-def _is_outside(user: fx.Node, symbol: Any, sizes: Any) -> bool:
-    """Tell whether ``user`` takes tokens by their places: returns, selects or keeps."""
+def _is_outside(user: fx.Node, node: fx.Node, symbol: Any, sizes: Any) -> bool:
+    """Tell whether ``user`` takes tokens of ``node`` by their places."""
     if user.op == "output" or op_name(user) in _KEEPING:
         return True
-    return op_name(user) in SELECTING and symbol not in sizes(user)
+    if op_name(user) not in SELECTING or user.args[0] is not node:
+        return False
+    return symbol in sizes(node) and symbol not in sizes(user)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphopt import _compat
 from graphopt.errors import PassError
 from graphopt.ir.attention.pages import PageRead, read_of, size_without_reading
 from graphopt.ir.attention.site import AttentionSite
@@ -72,8 +71,7 @@ def revive_tokens(model: ModelGraph, drops: Sequence[Drop], ranking: Ranking) ->
             count = kept_count(graph, seen, drop.keep)
             args = (scores, seen, count)
             seen = call(graph, _ops.keep_places.default, args)
-            with _compat.discarding_sizes(model.gm):
-                gathered = _joined(graph, stream, position, seen, first, number)
+            gathered = _joined(graph, stream, position, seen, first, number)
         alike = tuple(streams[layer + 1 : end + 1])
         points.append(_Point(gathered, alike, number == 0))
         for site, read in zip(sites, reads, strict=True):

@@ -118,7 +118,7 @@ class _Edit:
             return
         args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
         try:
-            sizes = _compat.discarding_sizes(self.gm)
+            sizes = _compat.discarding_sizes(mode)
             with _compat.trying_fakes(), sizes, mode, torch.no_grad():
                 node.meta["example_value"] = apply(node, args, kwargs)
         except Exception as error:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt import _compat
 from graphopt.errors import PassError
 from graphopt.ir.match import shape_of
 from graphopt.ir.replace import call, key_mask_of
@@ -132,8 +131,7 @@ def _passing(
     size = _size(graph, tokens.mask, 1)  # no row has more text than tokens
     args = (scores, tokens.mask, tokens.protected, mask, size)
     ranks = call(graph, _ops.vision_ranks.default, args)
-    with _compat.discarding_sizes(model.gm):
-        return call(graph, _ops.keep_passing.default, (ranks, drop.bound, mask))
+    return call(graph, _ops.keep_passing.default, (ranks, drop.bound, mask))
 
 
 def drop_before_layers(
@@ -161,8 +159,7 @@ def drop_before_layers(
         ranks = call(graph, _ops.vision_ranks.default, args)
         if share is not None:
             return call(graph, _ops.keep_tokens.default, (ranks, count, None, False))
-        with _compat.discarding_sizes(model.gm):
-            return call(graph, _ops.keep_passing.default, (ranks, 1.0, None))
+        return call(graph, _ops.keep_passing.default, (ranks, 1.0, None))
 
     drop_chosen(model, _first_step(graph, stream, first), choose)
 

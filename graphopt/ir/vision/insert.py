@@ -24,6 +24,6 @@ def inferred(node: fx.Node) -> fx.Node:
     owner = node.graph.owning_module
     assert owner is not None
     mode = _compat.fake_mode_of(owner)
-    with mode, torch.no_grad():
+    with mode, _compat.discarding_sizes(mode), torch.no_grad():
         node.meta["example_value"] = apply(node, args, kwargs)
     return node
