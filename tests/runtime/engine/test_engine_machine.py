@@ -28,7 +28,7 @@ from graphopt.runtime.engine.schedulers import SCHEDULERS
 from tests.runtime.engine.dense_executor import VOCABULARY, generated
 from tests.runtime.engine.watched import FAULTS, WatchedExecutor
 
-SIZE, PAGES, BUDGET, TILE, RUNNING, NEW = 4, 7, 8, 4, 4, 6
+SIZE, PAGES, BUDGET, TILE, RUNNING, NEW = 4, 6, 8, 4, 6, 6
 _STEM = [random.Random(5).randrange(VOCABULARY) for _ in range(17)]
 # Some begin alike, for a page or more; the longest fills all but one of the pages.
 PROMPTS = ([7], _STEM[:3], _STEM[:9], [*_STEM[:6], 1, 2, 3, 4], _STEM, [2, *_STEM])
@@ -205,6 +205,6 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 EngineMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None
+    max_examples=60, stateful_step_count=25, deadline=None
 )
 TestEngineMachine = EngineMachine.TestCase
