@@ -109,8 +109,9 @@ class Engine:
                 return None
             return self._step()
 
-    def cancel(self, request: Request) -> bool:
+    def cancel(self, handle: Handle) -> bool:
         """End a request and free its pages; False if it had ended before."""
+        request = handle.request
         with self._lock:
             if request.state.ended:
                 return False
@@ -128,6 +129,7 @@ class Engine:
 
     @torch.no_grad()
     def _step(self) -> StepStatistics:
+        self._drop_ended()  # of a step that was interrupted
         preempted = self._batcher.preemptions
         shares = self._batcher.plan()
         preempted = self._batcher.preemptions - preempted
@@ -135,9 +137,7 @@ class Engine:
         start = self._clock()
         outcome = run_pieces(self._executor, [_piece(*share) for share in shares])
         self._settle(shares, outcome)
-        ended = [request for request, _ in shares if request.state.ended]
-        for request in ended:
-            self._batcher.drop(request)
+        ended = self._drop_ended()
         statistics = StepStatistics(
             step=self._batcher.steps,
             tokens=sum(tokens for _, tokens in shares),
@@ -151,6 +151,12 @@ class Engine:
         )
         self.history.append(statistics)
         return statistics
+
+    def _drop_ended(self) -> list[Request]:
+        ended = [r for r in self._batcher.running if r.state.ended]
+        for request in ended:
+            self._batcher.drop(request)
+        return ended
 
     def _settle(self, shares: _Shares, outcome: Outcome) -> None:
         """Take over what was run: pages, tokens, failures."""

@@ -116,9 +116,12 @@ class Simulation:
     def _arrive(self) -> None:
         request = self._to_come.pop()
         self._batchers[0].add(request)
+        self._rouse(request.arrival.time)
+
+    def _rouse(self, time: float) -> None:
         for batcher in sorted(self._parked):
-            self._push(request.arrival.time, batcher)
-            self._fed = request.arrival.time
+            self._push(time, batcher)
+            self._fed = time
         self._parked.clear()
 
     def _push(self, time: float, batcher: int) -> None:
@@ -132,6 +135,8 @@ class Simulation:
             self._push(self._pipeline.free_at, batcher)
             return
         shares = self._batchers[batcher].plan()
+        if self._queue:  # one that was preempted may find pages elsewhere
+            self._rouse(time)
         if shares:
             self._send(time, batcher, shares)
         else:
