@@ -48,6 +48,7 @@ class _PageArguments(ctypes.Structure):
 def emit() -> str:
     """Return the C++ source of the kernel."""
     parts = {"ROWS": rows_text(PAGE, 1), "PAGES": pages_text()}
+    parts["PARTS"] = fill("parts.cpp.in", {})
     return fill("page_attention.cpp.in", parts)
 
 
