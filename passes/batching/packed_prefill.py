@@ -101,8 +101,6 @@ def _refusal(model: ModelGraph) -> tuple[str, str] | None:
     first = model.attention[0]
     if (shape_of(first.query) or ())[0] == 1:
         return "one-prompt", "one row has no padding to share"
-    if any(site.key_mask is None for site in model.attention):
-        return "no-padding", "no mask tells which tokens are padding"
     for site in model.attention:
         if refusal := _site_refusal(site, first):
             return refusal
@@ -120,6 +118,8 @@ def _site_refusal(site: AttentionSite, first: AttentionSite) -> tuple[str, str] 
         return "past", f"{name} has {lengths[1]} keys for {lengths[0]} queries"
     if site.pattern not in ("full", "causal", "sliding-window"):
         return "attention", f"{name} runs on the pattern '{site.pattern}' already"
+    if site.key_mask is None:
+        return "no-padding", f"no mask tells which keys of {name} are padding"
     if _given(site.key_mask) is not _given(first.key_mask):
         return "masks", f"{name} and attention[0] hide keys by different masks"
     return None
