@@ -45,8 +45,10 @@ def inductor_option_names() -> list[str]:
 
 
 @contextmanager
-def isolated_tracing() -> Iterator[None]:
+def isolated_tracing(mode: Any = None) -> Iterator[None]:
     """Give one of several AOTAutograd calls on one Dynamo graph a context of its own.
+
+    ``mode``: the fake mode of its inputs, where it is not that of the graph.
 
     AOTAutograd stores the metadata of *the* forward graph on the tracing context, and
     the lazily compiled backward reads it there; with several pieces the last would win.
@@ -58,7 +60,7 @@ def isolated_tracing() -> Iterator[None]:
     if outer is None:
         yield
         return
-    inner = TracingContext(outer.fake_mode)
+    inner = TracingContext(mode or outer.fake_mode)
     inner.global_context = outer.global_context
     with tracing(inner):
         yield
@@ -93,11 +95,44 @@ def fake_mode_of(gm: fx.GraphModule) -> Any:
     return None
 
 
-def new_fake_mode() -> Any:
-    """Return a fake mode without symbols, apart from the one Dynamo traced under."""
+def new_fake_mode(symbolic: bool = False) -> Any:
+    """Return a fake mode apart from the one that Dynamo traced under."""
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    return FakeTensorMode()
+    return FakeTensorMode(shape_env=ShapeEnv()) if symbolic else FakeTensorMode()
+
+
+def symbol_hint(environment: Any, symbol: Any) -> int | None:
+    """Return the value that ``symbol`` had when it was traced; None: it had none."""
+    known = getattr(environment, "backed_var_to_val", None)
+    known = environment.var_to_val if known is None else known  # before torch 2.12
+    return None if symbol not in known else int(known[symbol])
+
+
+def new_symbol(mode: Any, hint: int, bounds: Any) -> Any:
+    """Return a size of a fake mode with a symbol of its own, within ``bounds``."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    environment = mode.shape_env
+    source = ConstantSource(f"size{len(environment.var_to_range)}")
+    symbol = environment.create_symbol(
+        hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
+    )
+    environment.constrain_symbol_range(symbol, bounds.lower, bounds.upper)
+    return environment.create_symintnode(symbol, hint=hint)
+
+
+def fake_like(
+    mode: Any, like: torch.Tensor, sizes: list[Any], strides: list[Any]
+) -> torch.Tensor:
+    """Return a tensor of the fake ``mode``; a parameter for a parameter."""
+    with mode:
+        made = torch.empty_strided(sizes, strides, dtype=like.dtype, device=like.device)
+    if isinstance(like, torch.nn.Parameter):
+        return torch.nn.Parameter(made, requires_grad=like.requires_grad)
+    return made.requires_grad_(like.requires_grad)
 
 
 @contextmanager

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from graphopt._compat import is_data_symbol, isolated_tracing
+from graphopt.outline.fresh import FreshSizes, depends_on_data
 from graphopt.outline.guards import guard_alike, new_guards, shape_environment
 from graphopt.outline.pieces import Piece, extract
 from graphopt.outline.segments import find_layers, operator_nodes, target_name
-from graphopt.outline.sizes import symbols_of
 
 Compiled = Callable[..., Sequence[Any]]
 CompileOne = Callable[[fx.GraphModule, list[Any]], Compiled]
@@ -42,8 +42,6 @@ def compile_outlined(gm: fx.GraphModule, compile_one: CompileOne) -> Outlined:
     if not layers:
         return Outlined(None, reason="fewer than three repeated layers were found")
     nodes = operator_nodes(gm.graph)
-    if reason := _depends_on_data(nodes):
-        return Outlined(None, reason=reason)
     if reason := _state_crosses(nodes, layers):
         return Outlined(None, reason=reason)
     pieces = _cut(gm, nodes, layers)
@@ -51,7 +49,10 @@ def compile_outlined(gm: fx.GraphModule, compile_one: CompileOne) -> Outlined:
     if kinds * 2 > len(layers):
         text = f"{len(layers)} layers are of {kinds} kinds, too few repeat"
         return Outlined(None, len(layers), kinds, text)
-    compiled = _compile_kinds(pieces, compile_one)
+    try:
+        compiled = _compile_kinds(pieces, compile_one)
+    except DataSizeError as error:
+        return Outlined(None, len(layers), kinds, str(error))
     source, run = _emit(gm, pieces, compiled)
     return Outlined(run, len(layers), kinds, source=source)
 
@@ -68,15 +69,6 @@ def _is_size(node: fx.Node) -> bool:
     from torch import SymInt
 
     return isinstance(node.meta.get("example_value"), SymInt)
-
-
-def _depends_on_data(nodes: list[fx.Node]) -> str:
-    """A piece would be free to lay a tensor out whose sizes it cannot compare."""
-    for node in nodes:
-        value = node.meta.get("example_value")
-        if isinstance(value, Tensor) and any(map(is_data_symbol, symbols_of(value))):
-            return f"the sizes of {node.name} depend on data"
-    return ""
 
 
 def _state_crosses(nodes: list[fx.Node], layers: list[tuple[int, int]]) -> str:
@@ -101,11 +93,35 @@ def _compile_kinds(
             names = dict(zip(first.symbols, piece.symbols, strict=True))
             guard_alike(environment, guards, names)
             continue
-        examples = [n.meta.get("example_value") for n in piece.inputs]
-        with isolated_tracing(), new_guards(environment) as guards:
-            compiled[piece.key] = compile_one(piece.module, examples)
+        compiled[piece.key], guards = _compile_kind(piece, environment, compile_one)
         guarded[piece.key] = (piece, guards)
     return compiled
+
+
+def _compile_kind(
+    piece: Piece, environment: Any, compile_one: CompileOne
+) -> tuple[Compiled, list[Any]]:
+    """Return the code of ``piece``, and what it assumes of sizes at hand.
+
+    Raises DataSizeError where it assumes something of a size that depends on data.
+    """
+    examples = [n.meta.get("example_value") for n in piece.inputs]
+    if not depends_on_data(examples):
+        with isolated_tracing(), new_guards(environment) as guards:
+            return compile_one(piece.module, examples), guards
+    fresh = FreshSizes(examples)
+    with isolated_tracing(fresh.mode):
+        code = compile_one(piece.module, fresh.inputs)
+    guards = fresh.guards()
+    for guard in guards:
+        if any(map(is_data_symbol, guard.free_symbols)):
+            raise DataSizeError(f"a layer's code holds only where {guard}")
+        environment.evaluate_expr(guard)
+    return code, guards
+
+
+class DataSizeError(Exception):
+    """The code of a piece would hold for some sizes only, and these depend on data."""
 
 
 def _emit(

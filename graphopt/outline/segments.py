@@ -22,6 +22,7 @@ _ANCHORS = (
         "graphopt.attention",
         "graphopt.visit_attention",
         "graphopt.page_attention",
+        "graphopt.packed_attention",
     ),
     ("softmax",),
 )
