@@ -60,9 +60,9 @@ class Batcher(Generic[J]):
         jobs = {job.id: job for job in self.running}
         for request in plan.preempted:
             self._preempt(jobs[request])
-        for request in plan.shares.keys() - jobs.keys():
-            jobs[request] = self._admit(request, found[request])
-        self.running.sort(key=lambda job: job.id)
+        for request in plan.shares:
+            if request not in jobs:
+                jobs[request] = self._admit(request, found[request])
         shares = [(jobs[request], tokens) for request, tokens in plan.shares.items()]
         assert shares or not (self.running or self.waiting), (
             "the scheduler let none run"

@@ -28,7 +28,7 @@ from graphopt.runtime.engine.schedulers import SCHEDULERS
 from tests.runtime.engine.dense_executor import VOCABULARY, generated
 from tests.runtime.engine.watched import FAULTS, WatchedExecutor
 
-SIZE, PAGES, BUDGET, TILE, RUNNING, NEW = 4, 6, 8, 4, 6, 6
+SIZE, PAGES, RUNNING, NEW = 4, 6, 6, 6
 _STEM = [random.Random(5).randrange(VOCABULARY) for _ in range(17)]
 # Some begin alike, for a page or more; the longest fills all but one of the pages.
 PROMPTS = ([7], _STEM[:3], _STEM[:9], [*_STEM[:6], 1, 2, 3, 4], _STEM, [2, *_STEM])
@@ -66,13 +66,17 @@ class EngineMachine(RuleBasedStateMachine):
         scheduler=st.sampled_from(sorted(SCHEDULERS)),
         share=st.booleans(),
         limit=st.sampled_from([None, 2]),
+        budget=st.sampled_from([(2, 2), (8, 4)]),
     )
-    def begin(self, scheduler: str, share: bool, limit: int | None) -> None:
+    def begin(
+        self, scheduler: str, share: bool, limit: int | None, budget: tuple[int, int]
+    ) -> None:
         self.scheduler = scheduler
+        self.budget, self.tile = budget
         self.executor = WatchedExecutor(PAGES, SIZE)
         options = EngineOptions(
-            budget=BUDGET,
-            tile=TILE,
+            budget=self.budget,
+            tile=self.tile,
             scheduler=scheduler,
             max_running=RUNNING,
             share_prefixes=share,
@@ -122,7 +126,9 @@ class EngineMachine(RuleBasedStateMachine):
     ) -> None:
         """First come, first served: the oldest is served in every step."""
         requests = {piece.request for piece in pieces}
-        if self.scheduler in ("sarathi", "decode-first"):
+        # Where more decode than the budget allows, they take turns.
+        at_once = len(decoding) <= self.budget
+        if at_once and self.scheduler in ("sarathi", "decode-first"):
             assert before[0].handle.id in requests
         running = (State.PREFILLING, State.DECODING)
         live = [known.handle.state in running for known in self.known if known.live]
@@ -134,10 +140,10 @@ class EngineMachine(RuleBasedStateMachine):
         decodes = [piece for piece in pieces if piece.request in decoding]
         assert all(len(piece.tokens) == 1 for piece in decodes)
         if self.scheduler == "sarathi":
-            assert total <= BUDGET
+            assert total <= self.budget
             # Decodes and chunks end with a tile, unless no work is left to cut.
-            aligned = total % TILE == 0 or total < TILE or len(pieces) == 1
-            assert aligned or total // TILE * TILE <= len(decodes)
+            aligned = total % self.tile == 0 or total < self.tile or len(pieces) == 1
+            assert aligned or total // self.tile * self.tile <= len(decodes)
         elif self.scheduler != "decode-first":
             assert len(decodes) in (0, len(pieces))
 

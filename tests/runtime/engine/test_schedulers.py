@@ -172,6 +172,12 @@ def test_a_request_without_pages_left_gives_up_its_own():
     assert _plan("sarathi", boards) == Plan({0: 1}, (1,))
 
 
+def test_the_turn_of_one_that_gives_up_its_pages_goes_to_another():
+    boards = Boards(_limits(budget=1, tile=1)).decode(7, served=2).decode(5, served=1)
+    boards.free = 0
+    assert _plan("sarathi", boards) == Plan({0: 1}, (1,))
+
+
 def test_pages_that_two_share_are_free_when_both_are_out():
     shared = [7, 8]
     views = [

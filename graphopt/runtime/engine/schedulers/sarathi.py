@@ -25,13 +25,12 @@ class Sarathi:
         """Return the next step."""
         draft = Draft(board)
         run_decodes(draft)
-        decodes = draft.used
         limit = board.limits.chunk_limit or board.limits.budget
         _continue(draft, limit)
         _admit(draft, board.waiting, limit)
         # What nobody else wants goes to those that the limit held back.
         _continue(draft, board.limits.budget)
-        _align(draft, decodes)
+        _align(draft)
         return draft.plan()
 
 
@@ -54,9 +53,10 @@ def _chunk(draft: Draft, view: View, limit: int) -> None:
     draft.give(view, tokens)
 
 
-def _align(draft: Draft, decodes: int) -> None:
-    total = draft.used
-    over = total % draft.limits.tile
-    goes_on = len(draft.shares) > 1
-    if goes_on and total - over > decodes:
+def _align(draft: Draft) -> None:
+    """Take back what is over a tile, unless chunks would get nothing."""
+    over = draft.used % draft.limits.tile
+    served = [view for view in draft.running if view.request in draft.shares]
+    decodes = sum(view.decoding for view in served)
+    if len(served) > 1 and draft.used - over > decodes:
         draft.trim(over)

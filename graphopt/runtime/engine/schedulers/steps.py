@@ -13,12 +13,24 @@ def run_decodes(draft: Draft) -> None:
 
     Where more decode than the budget allows, those go first that waited longest.
     """
-    decoding = [view for view in draft.running if view.decoding]
+    while turn := _next_decodes(draft):
+        for view in turn:
+            if make_room(draft, view):
+                draft.give(view, 1)
+
+
+def _next_decodes(draft: Draft) -> list[View]:
+    """Return whose turn it is, in order of arrival: as many as the budget has left.
+
+    One that has to give up its own pages leaves its place to another.
+    """
+    decoding = [
+        view
+        for view in draft.running
+        if view.decoding and view.request not in draft.shares
+    ]
     turn = sorted(decoding, key=lambda view: view.served)[: draft.left]
-    chosen = {view.request for view in turn}
-    for view in decoding:
-        if view.request in chosen and make_room(draft, view):
-            draft.give(view, 1)
+    return sorted(turn, key=lambda view: view.request)
 
 
 def make_room(draft: Draft, view: View, tokens: int = 1) -> bool:

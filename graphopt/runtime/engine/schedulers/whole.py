@@ -33,6 +33,7 @@ class DecodeFirst:
         draft = Draft(board)
         run_decodes(draft)
         run_whole_prompts(draft, board.waiting)
+        run_decodes(draft)  # a prompt that gave up its pages left room
         return draft.plan()
 
 
