@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 pytest_plugins = ["pytester"]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: to walk over it again and again took an eighth."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
+
+
+def pytest_sessionfinish() -> None:
+    """Else libraries count what is frozen as leaked when the process ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture
