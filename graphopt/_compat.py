@@ -237,6 +237,14 @@ def new_size(like: torch.Tensor, most: Any) -> Any:
     return size
 
 
+def new_count(mode: Any, least: int) -> Any:
+    """Return a symbolic number of tokens, at least ``least``, that running tells."""
+    with discarding_sizes(mode):
+        count = mode.shape_env.create_unbacked_symint()
+    torch._check(count >= least)
+    return count
+
+
 def discarding_sizes(mode: Any) -> Any:
     """Return a context for inferring values: sizes that depend on data are expected.
 

@@ -18,12 +18,13 @@ from graphopt.errors import KernelError, PassError
 from graphopt.ir.constants import fold_float_attributes, is_float_input
 from graphopt.ir.copying import copy_module
 from graphopt.ir.dce import eliminate_dead_code
+from graphopt.ir.loops import find_loop
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.sites.structure import ends_text, structure_rows
 from graphopt.ir.sizes.inputs import tie_sizes
 from graphopt.ir.text import graph_text
 from graphopt.options import BackendOptions, parse_options
-from graphopt.outline import Outlined, compile_outlined
+from graphopt.outline import Outlined, compile_loop, compile_outlined
 from graphopt.passes.base import PassContext
 from graphopt.pipeline import PassRecord, PipelineOptions, run_passes
 from graphopt.remarks import Remark, analysis, applied, failure, missed
@@ -134,6 +135,10 @@ def _compile(
     def compile_one(piece: fx.GraphModule, inputs: list[Any]) -> Compiled:
         return _compat.compile_fx(piece, inputs, options.inductor)
 
+    if find_loop(gm) is not None:
+        outlined = compile_loop(gm, compile_one, options.outline)
+        assert outlined.run is not None
+        return outlined.run, _outline_remark(outlined)
     if options.outline:
         outlined = compile_outlined(gm, compile_one)
         if outlined.run is not None:
@@ -165,6 +170,8 @@ def _compile_whole(
 
 
 def _outline_remark(outlined: Outlined) -> Remark:
+    if outlined.reason:
+        return missed("layers", "not-outlined", outlined.reason)
     text = f"{outlined.layers} layers of {outlined.kinds} kind(s), each compiled once"
     return applied("layers", text, layers=outlined.layers, kinds=outlined.kinds)
 

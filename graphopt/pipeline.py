@@ -15,6 +15,7 @@ from graphopt.config_text import print_text
 from graphopt.errors import PassError
 from graphopt.ir.copying import copy_graph
 from graphopt.ir.dce import eliminate_dead_code
+from graphopt.ir.loops import innermost
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.text import graph_text
 from graphopt.passes.base import Pass, PassContext, PassResult
@@ -56,7 +57,8 @@ def run_passes(
     """Run ``passes`` in order over ``gm``, in place; return one record a pass.
 
     A pass that raises or breaks the graph is undone and leaves a ``failure`` remark;
-    in strict mode PassError is raised instead, with the graph as before that pass.
+    in strict mode PassError is raised instead, with the graph as before that pass. Once
+    the layers are in a loop, passes rewrite its body.
     """
     options = options or PipelineOptions()
     records: list[PassRecord] = []
@@ -65,7 +67,8 @@ def run_passes(
         text = text or graph_text(gm)
         record = _run_one(gm, item, options, text)
         records.append(record)
-        text = record.after
+        body = innermost(gm)
+        gm, text = body, record.after if body is gm else ""
     return records
 
 

@@ -13,6 +13,7 @@ from graphopt.passes.base import Pass
 _BUILT_IN = {
     "structured-mask": "graphopt.passes.attention.structured_mask:StructuredMask",
     "page-selection": "graphopt.passes.attention.page_selection:PageSelection",
+    "chunked-prefill": "graphopt.passes.batching.chunked_prefill:ChunkedPrefill",
     "packed-prefill": "graphopt.passes.batching.packed_prefill:PackedPrefill",
     "token-drop": "graphopt.passes.tokens.token_drop:TokenDrop",
     "skinny-linear": "graphopt.passes.linear.skinny_linear:SkinnyLinear",

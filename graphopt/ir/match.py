@@ -73,8 +73,9 @@ def op_name(node: fx.Node) -> str:
 
 
 def is_own(node: fx.Node) -> bool:
-    """Tell whether ``node`` calls one of graphopt's operators."""
-    return op_name(node).startswith("graphopt.")
+    """Tell whether ``node`` calls an operator or a function of graphopt."""
+    module = str(getattr(node.target, "__module__", ""))
+    return op_name(node).startswith("graphopt.") or module.startswith("graphopt.")
 
 
 def raw_name(node: fx.Node) -> str:

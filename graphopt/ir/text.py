@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.dce import eliminate_dead_code  # noqa: F401  (re-exported for users)
+from graphopt.ir.loops import loop_of
 from graphopt.ir.match import op_name, value_of
 
 _DTYPES = {
@@ -48,7 +49,8 @@ class _Printer:
         if node.op == "output":
             return [(-1, f"return {self._argument(node.args[0])}")]
         self._layer = self._layer_of(node)
-        name = op_name(node)
+        loop = loop_of(node)
+        name = op_name(node) if loop is None else str(node.target)
         number = self._counts[self._layer, name]
         self._counts[self._layer, name] += 1
         prefix = f"L{self._layer}." if self._layer >= 0 else ""
@@ -59,7 +61,12 @@ class _Printer:
         ]
         text = f"{self._names[node]} = {name}({', '.join(arguments)})"
         kind = self._type(value_of(node))
-        return [(self._layer, text + (f" : {kind}" if kind else ""))]
+        lines = [(self._layer, text + (f" : {kind}" if kind else ""))]
+        if loop is not None:
+            body = _Printer()
+            inner = [line for n in loop.body.graph.nodes for line in body.lines(n)]
+            lines += [(place, "  " + line) for place, line in inner]
+        return lines
 
     def _placeholder(self, node: fx.Node) -> list[tuple[int, str]]:
         value = value_of(node)

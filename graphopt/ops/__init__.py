@@ -1,5 +1,6 @@
 """The dialect: the operators that passes insert; importing it registers them."""
 
+from graphopt.ops.append_rows import append_rows
 from graphopt.ops.attention import attention
 from graphopt.ops.block_list import BlockList
 from graphopt.ops.block_selection import select_blocks
@@ -14,6 +15,7 @@ from graphopt.ops.visit_list import VisitList
 __all__ = [
     "BlockList",
     "VisitList",
+    "append_rows",
     "attention",
     "attention_reference",
     "keep_tokens",

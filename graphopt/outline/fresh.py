@@ -63,7 +63,44 @@ class FreshSizes:
     def guards(self) -> list[Any]:
         """Return what compiling assumed, as expressions in the symbols of before."""
         back = {n.node.expr: s for s, n in self._new.items()}
-        return [g.expr.xreplace(back) for g in self.mode.shape_env.guards]
+        found = (g.expr.xreplace(back) for g in self.mode.shape_env.guards)
+        return list(dict.fromkeys(found))
+
+
+class SizeCheck:
+    """Tell, of a piece's arguments, whether a guard on their sizes holds.
+
+    Raises ValueError for a guard that these ``examples`` do not show the sizes of.
+    """
+
+    def __init__(self, guard: Any, examples: Sequence[Any]) -> None:
+        symbols = sorted(guard.free_symbols, key=str)
+        self.guard = guard
+        self._places = [_shown(symbol, examples) for symbol in symbols]
+        self._holds = sympy.lambdify(symbols, guard, modules="math")
+
+    def __call__(self, arguments: Sequence[Any]) -> None:
+        """Raise RuntimeError unless the guard holds."""
+        sizes = [
+            arguments[i] if axis is None else arguments[i].shape[axis]
+            for i, axis in self._places
+        ]
+        if not self._holds(*sizes):
+            raise RuntimeError(
+                f"graphopt: the code of a layer holds where {self.guard}, and these "
+                f"sizes are {sizes}; compile with options={{'outline': False}}"
+            )
+
+
+def _shown(symbol: Any, examples: Sequence[Any]) -> tuple[int, int | None]:
+    """Return which argument shows ``symbol``, and its axis; None: it is the size."""
+    for place, example in enumerate(examples):
+        if isinstance(example, torch.SymInt) and example.node.expr == symbol:
+            return place, None
+        for axis, size in enumerate(getattr(example, "shape", ())):
+            if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                return place, axis
+    raise ValueError(f"no argument shows {symbol}")
 
 
 def _backed(examples: Sequence[Any]) -> list[torch.SymInt]:

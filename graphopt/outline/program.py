@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+import sympy
+from torch import SymInt, fx
 
 from graphopt._compat import is_data_symbol, isolated_tracing
-from graphopt.outline.fresh import FreshSizes, depends_on_data
+from graphopt.outline.fresh import FreshSizes, SizeCheck, depends_on_data
 from graphopt.outline.guards import guard_alike, new_guards, shape_environment
 from graphopt.outline.pieces import Piece, extract
 from graphopt.outline.segments import find_layers, operator_nodes, target_name
@@ -50,25 +51,25 @@ def compile_outlined(gm: fx.GraphModule, compile_one: CompileOne) -> Outlined:
         text = f"{len(layers)} layers are of {kinds} kinds, too few repeat"
         return Outlined(None, len(layers), kinds, text)
     try:
-        compiled = _compile_kinds(pieces, compile_one)
+        compiled = compile_kinds(pieces, compile_one)
     except DataSizeError as error:
         return Outlined(None, len(layers), kinds, str(error))
-    source, run = _emit(gm, pieces, compiled)
+    source, run = emit(gm, pieces, compiled)
     return Outlined(run, len(layers), kinds, source=source)
 
 
 def _cut(
     gm: fx.GraphModule, nodes: list[fx.Node], layers: list[tuple[int, int]]
 ) -> list[Piece]:
-    symbols = [n for n in gm.graph.nodes if n.op == "placeholder" and _is_size(n)]
+    symbols = size_inputs(gm)
     bounds = [(0, layers[0][0]), *layers, (layers[-1][1], len(nodes))]
     return [extract(gm, nodes[start:end], symbols) for start, end in bounds]
 
 
-def _is_size(node: fx.Node) -> bool:
-    from torch import SymInt
-
-    return isinstance(node.meta.get("example_value"), SymInt)
+def size_inputs(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the inputs of ``gm`` that are symbolic sizes."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    return [n for n in inputs if isinstance(n.meta.get("example_value"), SymInt)]
 
 
 def _state_crosses(nodes: list[fx.Node], layers: list[tuple[int, int]]) -> str:
@@ -79,12 +80,13 @@ def _state_crosses(nodes: list[fx.Node], layers: list[tuple[int, int]]) -> str:
     return ""
 
 
-def _compile_kinds(
+def compile_kinds(
     pieces: Sequence[Piece], compile_one: CompileOne
 ) -> dict[str, Compiled]:
+    """Compile the first piece of each kind; what it assumes of sizes holds for all."""
     compiled: dict[str, Compiled] = {}
     guarded: dict[str, tuple[Piece, list[Any]]] = {}
-    environment = shape_environment(pieces[1].module)
+    environment = shape_environment(pieces[0].module)
     for piece in pieces:
         if not piece.outputs:
             continue
@@ -103,7 +105,8 @@ def _compile_kind(
 ) -> tuple[Compiled, list[Any]]:
     """Return the code of ``piece``, and what it assumes of sizes at hand.
 
-    Raises DataSizeError where it assumes something of a size that depends on data.
+    What it assumes of sizes that depend on data is checked at each call. Raises
+    DataSizeError where it would be for one such size only.
     """
     examples = [n.meta.get("example_value") for n in piece.inputs]
     if not depends_on_data(examples):
@@ -112,19 +115,34 @@ def _compile_kind(
     fresh = FreshSizes(examples)
     with isolated_tracing(fresh.mode):
         code = compile_one(piece.module, fresh.inputs)
-    guards = fresh.guards()
+    by_data = [g for g in fresh.guards() if any(map(is_data_symbol, g.free_symbols))]
+    guards = [guard for guard in fresh.guards() if guard not in by_data]
     for guard in guards:
-        if any(map(is_data_symbol, guard.free_symbols)):
-            raise DataSizeError(f"a layer's code holds only where {guard}")
         environment.evaluate_expr(guard)
-    return code, guards
+    return _checked(code, by_data, examples), guards
+
+
+def _checked(code: Compiled, guards: Sequence[Any], examples: Sequence[Any]) -> Any:
+    """Return ``code`` that checks ``guards`` on the sizes of its arguments first."""
+    if any(isinstance(guard, (sympy.Eq, sympy.Ne)) for guard in guards):
+        raise DataSizeError(f"a layer's code holds only where {guards}")
+    if not guards:
+        return code
+    checks = [SizeCheck(guard, examples) for guard in guards]
+
+    def run(*arguments: Any) -> Any:
+        for check in checks:
+            check(arguments)
+        return code(*arguments)
+
+    return run
 
 
 class DataSizeError(Exception):
     """The code of a piece would hold for some sizes only, and these depend on data."""
 
 
-def _emit(
+def emit(
     gm: fx.GraphModule, pieces: Sequence[Piece], compiled: dict[str, Compiled]
 ) -> tuple[str, Compiled]:
     """Print the program that calls the pieces; values are dropped after last use."""

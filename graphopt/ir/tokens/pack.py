@@ -9,22 +9,26 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.errors import PassError
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.dce import eliminate_dead_code
 from graphopt.ir.match import op_name, shape_of, value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import call, key_mask_of, substitute
-from graphopt.ir.stream.trunk import SELECTING
 from graphopt.ir.tokens.drop import crossing_tokens, scale_of
-from graphopt.ir.tokens.kept import token_sizes
+from graphopt.ir.tokens.region import (
+    first_reader,
+    has_tokens,
+    one_stream,
+    places,
+    require_before,
+    takes_places,
+    token_axis,
+)
 from graphopt.ir.tokens.substitute import substitute_tokens
 from graphopt.ir.vision.insert import insert
 from graphopt.ir.vision.span import descendants
 
 _ops = torch.ops.graphopt
-# They write tokens to a cache.
-_KEEPING = ("graphopt.append_pages", "graphopt.write_tokens")
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,7 @@ def pack_tokens(model: ModelGraph, packing: Packing) -> None:
     padded form back.
     """
     _ = model.symbols  # before nodes of the packed length go in
-    stream = _stream(model)
-    point = _first_reader(model.gm.graph, stream)
+    point = first_reader(model, one_stream(model).input)
     layout = _insert_layout(model, point, packing)
     for site in model.attention:
         _pack_attention(model, site, layout)
@@ -71,20 +74,9 @@ def pack_tokens(model: ModelGraph, packing: Packing) -> None:
     substitute_tokens(model, found, tokenwise=True)
 
 
-def _stream(model: ModelGraph) -> fx.Node:
-    if len(model.residual) != 1:
-        raise PassError(f"the graph has {len(model.residual)} stacks of layers")
-    return model.residual[0].input
-
-
-def _first_reader(graph: fx.Graph, stream: fx.Node) -> fx.Node:
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    return min(stream.users, key=lambda node: order[node])
-
-
 def _insert_layout(model: ModelGraph, point: fx.Node, packing: Packing) -> _Layout:
     graph, site = model.gm.graph, model.attention[0]
-    _require_before(graph, site.key_mask, point)
+    require_before(graph, site.key_mask, point)
     with graph.inserting_before(point):
         mask = key_mask_of(graph, site)
         assert mask is not None
@@ -104,12 +96,6 @@ def _on_device(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
     if value_of(node).device == device:
         return node
     return insert(graph, "to", node, device, non_blocking=True)
-
-
-def _require_before(graph: fx.Graph, node: fx.Node | None, point: fx.Node) -> None:
-    order = {n: place for place, n in enumerate(graph.nodes)}
-    if node is None or order[node] > order[point]:
-        raise PassError("the mask of padding is made inside the layers")
 
 
 def _on_host(graph: fx.Graph, mask: fx.Node) -> fx.Node:
@@ -144,17 +130,8 @@ def _pack_attention(model: ModelGraph, site: AttentionSite, layout: _Layout) -> 
 
 def _packed(model: ModelGraph, node: fx.Node, places: fx.Node) -> fx.Node:
     """Insert ``node`` [B or 1, ..., T, ...] with the packed tokens."""
-    axis = _token_axis(model, node)
+    axis = token_axis(model, node)
     return call(model.gm.graph, _ops.take_packed.default, (node, places, axis))
-
-
-def _token_axis(model: ModelGraph, node: fx.Node) -> int:
-    symbol, sizes = token_sizes(model)
-    axes = [i for i, size in enumerate(sizes(node)) if size == symbol]
-    if len(axes) != 1 or axes[0] == 0:
-        text = f"{node.name} {shape_of(node)} has not one axis of tokens in its rows"
-        raise PassError(text)
-    return axes[0]
 
 
 def _restore_outputs(
@@ -162,28 +139,14 @@ def _restore_outputs(
 ) -> None:
     """Insert the padded form of what readers outside the layers take from them."""
     graph = model.gm.graph
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    symbol, sizes = token_sizes(model)
+    order = places(graph)
     for node in sorted(descendants(graph, crossing), key=lambda n: order[n]):
-        if order[node] <= order[layout.mask] or not _has(sizes(node), symbol):
+        if order[node] <= order[layout.mask] or not has_tokens(model, node):
             continue
-        outside = [u for u in node.users if _is_outside(u, node, symbol, sizes)]
+        outside = [user for user in node.users if takes_places(model, user, node)]
         if outside:
             with graph.inserting_after(node):
-                args = (node, layout.slots, _token_axis(model, node))
+                args = (node, layout.slots, token_axis(model, node))
                 padded = call(graph, _ops.unpack_tokens.default, args)
             for user in outside:
                 user.replace_input_with(node, padded)
-
-
-def _has(sizes: tuple[Any, ...], symbol: Any) -> bool:
-    return any(symbol in size.free_symbols for size in sizes)
-
-
-def _is_outside(user: fx.Node, node: fx.Node, symbol: Any, sizes: Any) -> bool:
-    """Tell whether ``user`` takes tokens of ``node`` by their places."""
-    if user.op == "output" or op_name(user) in _KEEPING:
-        return True
-    if op_name(user) not in SELECTING or user.args[0] is not node:
-        return False
-    return symbol in sizes(node) and symbol not in sizes(user)

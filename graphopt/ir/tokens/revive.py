@@ -189,9 +189,7 @@ def _widen(
     crossing = [
         node
         for node in order[: cut + 1]
-        if not later.isdisjoint(node.users)
-        and node not in known
-        and not is_own(node)
+        if not later.isdisjoint(node.users) and node not in known and not is_own(node)
     ]
     copy = _Copies(graph, descendants(graph, [position] if position else []), tokens)
     copy.repeat(crossing, order[cut].next, later, point.gathered)

@@ -1,0 +1,135 @@
+"""A loop inside a graph: a prompt's layers run chunk by chunk.
+
+The loop is a module that the graph calls, and its body a graph of its own, which later
+passes rewrite and which is compiled once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """What comes out: tokens of body output ``index`` joined along ``axis``.
+
+    With ``state`` it is the loop's own tensor of that number, which has them all.
+    """
+
+    index: int
+    axis: int
+    state: bool = False
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """A tensor [B, H, T, D] that the chunks fill: H ``heads`` of ``width`` channels."""
+
+    heads: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class ChunkLoop(nn.Module):
+    """Run ``body`` on ``chunk`` tokens after ``chunk`` tokens; the last are padded.
+
+    Called with the tensors of all tokens, one for each of ``axes`` (their axis of
+    tokens), then what is the same for every chunk. The body takes the chunk's part of
+    the former; the tokens before it; those up to its end; the states; the rest. It
+    writes its keys and values to the states [B, H, T, D] and returns other results.
+    """
+
+    def __init__(
+        self,
+        body: fx.GraphModule,
+        chunk: int,
+        axes: tuple[int, ...],
+        states: tuple[LoopState, ...],
+        results: tuple[LoopResult, ...],
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.chunk, self.axes = chunk, axes
+        self.states, self.results = states, results
+        self.compiled: Any = None  # what runs instead of the body
+
+    def forward(self, *given: Any) -> tuple[Tensor, ...]:
+        """Return the results in order, each with the tokens of all chunks."""
+        parts, rest = given[: len(self.axes)], given[len(self.axes) :]
+        batch, tokens = parts[0].shape[0], parts[0].shape[self.axes[0]]
+        states = [
+            torch.empty(
+                (batch, s.heads, tokens, s.width), dtype=s.dtype, device=s.device
+            )
+            for s in self.states
+        ]
+        run = self.body if self.compiled is None else self.compiled
+        joined: dict[int, Tensor] = {}
+        for past in range(0, tokens, self.chunk):
+            seen = min(past + self.chunk, tokens)
+            chunks = [
+                take_chunk(x, past, self.chunk, axis)
+                for x, axis in zip(parts, self.axes, strict=True)
+            ]
+            outputs = run(*chunks, past, seen, *states, *rest)
+            self._keep(joined, outputs, past, seen, tokens)
+        return tuple(
+            states[r.index] if r.state else joined[r.index] for r in self.results
+        )
+
+    def _keep(
+        self, joined: dict[int, Tensor], outputs: Any, past: int, seen: int, tokens: int
+    ) -> None:
+        for result in self.results:
+            if result.state:
+                continue
+            new, axis = outputs[result.index], result.axis
+            if result.index not in joined:
+                sizes = list(new.shape)
+                sizes[axis] = tokens
+                joined[result.index] = new.new_empty(sizes)
+            part = joined[result.index].narrow(axis, past, seen - past)
+            part.copy_(new.narrow(axis, 0, seen - past))
+
+
+def take_chunk(x: Tensor, start: int, size: int, axis: int) -> Tensor:
+    """Return ``size`` tokens of x from ``start`` on, zeros behind the last.
+
+    Contiguous: the body is compiled for that.
+    """
+    rest = min(size, x.shape[axis] - start)
+    part = x.narrow(axis, start, rest)
+    if rest == size:
+        return part.contiguous()
+    sizes = list(x.shape)
+    sizes[axis] = size
+    padded = x.new_zeros(sizes)
+    padded.narrow(axis, 0, rest).copy_(part)
+    return padded
+
+
+def loop_of(node: fx.Node) -> ChunkLoop | None:
+    """Return the loop that ``node`` calls, or None."""
+    owner = node.graph.owning_module
+    if node.op != "call_module" or owner is None:
+        return None
+    module = owner.get_submodule(str(node.target))
+    return module if isinstance(module, ChunkLoop) else None
+
+
+def find_loop(gm: fx.GraphModule) -> fx.Node | None:
+    """Return the node of ``gm`` that calls a loop, or None."""
+    calls = gm.graph.find_nodes(op="call_module")
+    return next((node for node in calls if loop_of(node) is not None), None)
+
+
+def innermost(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return the graph that has the layers: the body of a loop, or ``gm`` itself."""
+    node = find_loop(gm)
+    loop = None if node is None else loop_of(node)
+    return gm if loop is None else loop.body
