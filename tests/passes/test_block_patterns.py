@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -23,8 +24,10 @@ from graphopt.passes.attention.head_tables import read_table
 from graphopt.passes.attention.heads import UNBOUNDED, HeadPattern, HeadRule
 from graphopt.passes.attention.plans import layer_plan
 from graphopt.pipeline import PipelineOptions, run_passes
-from tests.models import TINY, capture, padding_mask, token_ids
+from tests.models import TINY, capture, copy_graph, padding_mask, token_ids
 from tests.oracle import assert_close, oracle
+from tests.rewriting import rewritten as twin
+from tests.rewriting import traced
 
 EVERY = (
     "sparse-attention{pattern=antidiagonal,threshold=0.6,sink=2,window=8,force=true,"
@@ -41,8 +44,16 @@ def rewritten(text, gm):
     return record
 
 
-def llama(length=300, **inputs):
-    return capture(TINY["llama"](), input_ids=token_ids(2, length), **inputs)[0]
+@functools.cache
+def captured(padding):
+    ids, inputs = token_ids(2, 300), {}
+    if padding != "none":
+        inputs["attention_mask"] = padding_mask([300, 170], 300, padding)
+    return capture(TINY["llama"](), input_ids=ids, **inputs)[0]
+
+
+def llama(padding="none"):
+    return copy_graph(captured(padding))
 
 
 class Recorder(fx.Interpreter):
@@ -67,8 +78,7 @@ def calls_of(gm):
 
 @pytest.mark.parametrize("kind", ["none", "left", "right"])
 def test_all_patterns_in_one_layer_and_one_launch(kind):
-    mask = None if kind == "none" else padding_mask([300, 170], 300, kind)
-    gm = llama(**({} if mask is None else {"attention_mask": mask}))
+    gm = llama(kind)
     record = rewritten(EVERY, gm)
     assert [r.kind for r in record.remarks] == ["applied"] * 2
     assert "2 kinds" not in record.remarks[0].message
@@ -208,18 +218,17 @@ def test_predicted_pairs():
 
 def test_lengths_share_one_graph():
     """Prefill over a cache is the operators' affair; here lengths come and go."""
-    model = TINY["llama"]()
-    from graphopt import compile as compile_model
-
+    model, reports = TINY["llama"](), []
+    text = EVERY.replace("threshold=0.6", "threshold=1.0")
+    fast = twin(model, text, host=traced, reports=reports)
     with torch.no_grad():
-        text = EVERY.replace("threshold=0.6", "threshold=1.0")
         wanted = {n: model(token_ids(1, n), use_cache=False).logits for n in (40, 300)}
-        compile_model(model, text)
         for length in (300, 40, 129):
-            found = model(token_ids(1, length), use_cache=False).logits
+            found = fast(token_ids(1, length), use_cache=False).logits
             assert found.shape[1] == length and not found.isnan().any()
             if length == 40:
                 torch.testing.assert_close(found, wanted[40], atol=1e-4, rtol=1e-3)
+    assert len(reports) == 1
 
 
 def test_prefill_over_a_cache_that_is_not_empty():

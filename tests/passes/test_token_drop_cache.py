@@ -13,7 +13,7 @@ from graphopt.errors import ConfigError
 from graphopt.passes.tokens.schedule import DropPoint, steps
 from tests.models import padding_mask, token_ids
 from tests.passes.test_token_drop import eager, model_of
-from tests.rewriting import rewritten
+from tests.rewriting import by_pieces, rewritten
 
 LAYERS = 4
 POINTS = [DropPoint(layer=0, keep=0.7), DropPoint(layer=2, keep=0.4)]
@@ -133,8 +133,7 @@ def test_decoding_sees_what_each_layer_kept(config):
 def test_compiled_by_pieces():
     model, config = model_of(layers=3), CONFIG.replace(",{layer=2,keep=0.4}", "")
     ids, mask = token_ids(2, 30), padding_mask([30, 26], 30)
-    torch._dynamo.reset()
-    fast = graphopt.compile(copy.deepcopy(model), config)
+    fast = rewritten(model, config, host=by_pieces)
     found, _, cache = generated(fast, config, ids, mask, steps=3)
     expected, _, _ = generated(rewritten(model, config), config, ids, mask, steps=3)
     assert torch.equal(found, expected)
