@@ -34,14 +34,24 @@ class LoopState:
     dtype: torch.dtype
     device: torch.device
 
+    def empty(self, batch: Any, tokens: Any) -> Tensor:
+        """Return a state for ``tokens`` tokens, whose memory is token by token."""
+        sizes = (tokens, batch, self.heads, self.width)
+        made = torch.empty(sizes, dtype=self.dtype, device=self.device)
+        return made.permute(1, 2, 0, 3)
+
 
 class ChunkLoop(nn.Module):
     """Run ``body`` on ``chunk`` tokens after ``chunk`` tokens; the last are padded.
 
     Called with the tensors of all tokens, one for each of ``axes`` (their axis of
-    tokens), then what is the same for every chunk. The body takes the chunk's part of
-    the former; the tokens before it; those up to its end; the states; the rest. It
-    writes its keys and values to the states [B, H, T, D] and returns other results.
+    tokens), then the mask of padding [B, T] if it is ``masked``, then what is the same
+    for every chunk. The body takes the chunk's part of the former; the number of tokens
+    before it; the states [B, H, past + chunk, D], where it writes its own keys and
+    values; the mask of as many tokens; and the rest. It returns other results.
+
+    States lie token by token, so that the first tokens of one are laid out alike
+    whatever the length of the prompt.
     """
 
     def __init__(
@@ -51,23 +61,20 @@ class ChunkLoop(nn.Module):
         axes: tuple[int, ...],
         states: tuple[LoopState, ...],
         results: tuple[LoopResult, ...],
+        masked: bool,
     ) -> None:
         super().__init__()
         self.body = body
-        self.chunk, self.axes = chunk, axes
+        self.chunk, self.axes, self.masked = chunk, axes, masked
         self.states, self.results = states, results
         self.compiled: Any = None  # what runs instead of the body
 
     def forward(self, *given: Any) -> tuple[Tensor, ...]:
         """Return the results in order, each with the tokens of all chunks."""
-        parts, rest = given[: len(self.axes)], given[len(self.axes) :]
+        parts, rest = given[: len(self.axes)], list(given[len(self.axes) :])
         batch, tokens = parts[0].shape[0], parts[0].shape[self.axes[0]]
-        states = [
-            torch.empty(
-                (batch, s.heads, tokens, s.width), dtype=s.dtype, device=s.device
-            )
-            for s in self.states
-        ]
+        states = [state.empty(batch, tokens) for state in self.states]
+        mask = rest.pop(0).t().contiguous() if self.masked else None
         run = self.body if self.compiled is None else self.compiled
         joined: dict[int, Tensor] = {}
         for past in range(0, tokens, self.chunk):
@@ -76,7 +83,9 @@ class ChunkLoop(nn.Module):
                 take_chunk(x, past, self.chunk, axis)
                 for x, axis in zip(parts, self.axes, strict=True)
             ]
-            outputs = run(*chunks, past, seen, *states, *rest)
+            rows = [state.narrow(2, 0, seen) for state in states]
+            shown = [] if mask is None else [mask[:seen].t()]
+            outputs = run(*chunks, past, *rows, *shown, *rest)
             self._keep(joined, outputs, past, seen, tokens)
         return tuple(
             states[r.index] if r.state else joined[r.index] for r in self.results

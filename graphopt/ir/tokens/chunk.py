@@ -55,7 +55,12 @@ def chunk_tokens(model: ModelGraph, chunk: int) -> ChunkLoop:
     body = ChunkBody(model.gm, list(parts.values()), sites, mask)
     given = body.build(nodes, exits)
     loop = ChunkLoop(
-        body.module, chunk, tuple(axes.values()), body.states, body.results
+        body.module,
+        chunk,
+        tuple(axes.values()),
+        body.states,
+        body.results,
+        masked=mask is not None,
     )
     with graph.inserting_before(point):
         _call(model.gm, loop, [*region.crossing, *given], exits)
@@ -164,9 +169,20 @@ def _call(
     """Insert the call of the loop; its results replace what stood for them."""
     gm.add_submodule(_NAME, loop)
     call = gm.graph.call_module(_NAME, tuple(arguments))
-    call.meta["example_value"] = tuple(value_of(e.mark) for e in exits)
+    call.meta["example_value"] = values = tuple(
+        _result(loop, e, i) for i, e in enumerate(exits)
+    )
     for index, found in enumerate(exits):
         item: Any = gm.graph.call_function(operator.getitem, (call, index))
-        item.meta = {**found.mark.meta}
+        item.meta = {**found.mark.meta, "example_value": values[index]}
         found.mark.replace_all_uses_with(item)
         gm.graph.erase_node(found.mark)
+
+
+def _result(loop: ChunkLoop, found: Exit, index: int) -> Any:
+    """Return a fake of what the loop gives for an exit."""
+    value, result = value_of(found.mark), loop.results[index]
+    if not result.state:
+        return value
+    with value.fake_mode:
+        return loop.states[result.index].empty(value.shape[0], value.shape[2])

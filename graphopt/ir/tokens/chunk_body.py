@@ -16,7 +16,6 @@ from graphopt.ir.loops import LoopResult, LoopState
 from graphopt.ir.match import value_of
 from graphopt.ir.replace import call
 from graphopt.ir.tokens.drop import scale_of
-from graphopt.ir.vision.insert import insert
 
 _ops = torch.ops.graphopt
 _TOKENS = 2  # the axis of tokens in keys and values
@@ -55,11 +54,8 @@ class ChunkBody:
         self._new: dict[fx.Node, fx.Node] = {}
         for node in parts:
             self._new[node] = self._input(f"chunk_{node.name}", value_of(node))
-        self._past, self._seen = (
-            self._input(name, _compat.new_count(self._mode, least))
-            for name, least in (("past", 0), ("seen", 2))
-        )
-        self._room = _compat.new_count(self._mode, 2)
+        self._past = self._input("past", _compat.new_count(self._mode, 0))
+        self._seen = _compat.new_count(self._mode, 2)
 
     def build(self, nodes: Sequence[fx.Node], exits: Sequence[Exit]) -> list[fx.Node]:
         """Copy ``nodes``; return what of the whole graph is given to every chunk."""
@@ -80,7 +76,7 @@ class ChunkBody:
         return node
 
     def _add_states(self, site: fx.Node) -> tuple[fx.Node, fx.Node]:
-        """Add inputs for the keys and values of all chunks, [B, Hkv, T, D]."""
+        """Add inputs for the keys and values up to the chunk's, [B, Hkv, seen, D]."""
         number = len(self.states) // 2
         found = []
         for name, source in zip(("keys", "values"), site.args[1:3], strict=True):
@@ -89,7 +85,7 @@ class ChunkBody:
             state = LoopState(int(heads), int(width), like.dtype, like.device)
             self.states += (state,)
             with self._mode:
-                value = like.new_empty((batch, heads, self._room, width))
+                value = state.empty(batch, self._seen)
             found.append(self._input(f"{name}_{number}", value))
         return found[0], found[1]
 
@@ -106,7 +102,7 @@ class ChunkBody:
         if self.mask is not None:
             with self._mode:
                 value = value_of(self.mask)
-                value = value.new_empty((value.shape[0], self._room))
+                value = value.new_empty((self._seen, value.shape[0])).t()
             self._new[self.mask].meta["example_value"] = value
         return given
 
@@ -116,13 +112,10 @@ class ChunkBody:
         query, key, value = (self._new[n] for n in mark.args[:3])  # type: ignore[index]
         for new, state in zip((key, value), states, strict=True):
             graph.call_function(_ops.append_rows.default, (new, state, self._past))
-        seen = [insert(graph, "narrow", s, _TOKENS, 0, self._seen) for s in states]
-        mask = None
-        if self.mask is not None:
-            mask = insert(graph, "narrow", self._new[self.mask], 1, 0, self._seen)
+        mask = None if self.mask is None else self._new[self.mask]
         pattern = (site.pattern, [0], [site.window])
         rest = (self._past, scale_of(site), site.softcap, 0)
-        args = (query, *seen, mask, *pattern, *rest)
+        args = (query, *states, mask, *pattern, *rest)
         node = call(graph, _ops.attention.default, args)
         node.meta = {**mark.meta, "example_value": value_of(node)}
         return node

@@ -108,8 +108,9 @@ def ragged_page_attention_reference(
 
 @torch.library.impl(_library, "ragged_page_attention", "CUDA")
 def _cuda(query: Tensor, *inputs: Any) -> Tensor:
-    _check(query, *inputs[:3], inputs[3:7], *inputs[7:10])
-    return ragged_page_attention_reference(query, *inputs)
+    from graphopt.codegen.triton import ragged as kernel
+
+    return _launched(kernel, query, *inputs)
 
 
 @torch.library.impl(_library, "ragged_page_attention", "CPU")

@@ -102,8 +102,13 @@ def append_ragged_reference(
 
 @torch.library.impl(_library, "append_ragged", "CUDA")
 def _cuda(key: Tensor, value: Tensor, starts: Tensor, *cache: Any) -> None:
+    from graphopt.codegen.triton import ragged_append as kernel
+
     _check(key, value, starts, *cache)
-    append_ragged_reference(key, value, starts, *cache)
+    if kernel.supports(key.dtype):
+        kernel.launch(key, value, starts, *cache)
+    else:
+        append_ragged_reference(key, value, starts, *cache)
 
 
 @torch.library.impl(_library, "append_ragged", "CPU")
