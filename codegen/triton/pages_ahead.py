@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -56,10 +57,12 @@ def _compile(
     tile: Tile,
     constants: dict[str, int],
     options: dict[str, int],
+    tables: Sequence[str] = (),
 ) -> Compiled:
     names = kernel.arg_names
     constants |= {name: 1 for name in names if name in _UNIT_STRIDES}
     signature = {name: _type(spec, name) for name in names}
+    signature |= {name: "*i32" for name in names if name in tables}
     signature |= dict.fromkeys(constants, "constexpr")
     aligned = {
         (index,): [["tt.divisibility", 16]]

@@ -30,7 +30,15 @@ def emit_append(spec: AppendSpec) -> str:
         flags.add("JUDGED_EXTREMES" if spec.extremes else "JUDGED_SPREAD")
     kept = "low, high" if spec.kind == "int4" else "keys"
     words = {"KEPT": kept if spec.has_statistics else "_", "SPREAD": str(SPREAD)}
-    return _filled("pages_append.py.in", spec, flags, words)
+    names = ("pages_store.py.in", "pages_append.py.in")
+    return "\n\n".join(_filled(name, spec, flags, words) for name in names)
+
+
+@cache
+def emit_append_ragged(spec: AppendSpec) -> str:
+    """Return the source of the kernel: one Python file that imports only Triton."""
+    names = ("pages_store.py.in", "ragged_append.py.in")
+    return "\n\n".join(_filled(name, spec, spec.flags(), {}) for name in names)
 
 
 @cache

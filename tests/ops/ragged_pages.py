@@ -48,10 +48,10 @@ class Ragged:
     def table(self):
         generator = torch.Generator().manual_seed(self.seed)
         totals = [n + p for n, p in zip(self.lengths, self.past, strict=True)]
-        rows, width = len(totals), max(map(pages_of, totals)) + 1
+        rows, width = len(totals), max(map(pages_of, totals), default=0) + 1
         order = torch.randperm(rows * width, generator=generator).int()
         table = order.view(rows, width)
-        table[:, : self.shared] = table[0, : self.shared]
+        table[:, : self.shared] = table[:1, : self.shared]
         return table
 
     def empty_pools(self):
