@@ -18,7 +18,7 @@ from graphopt.errors import KernelError, PassError
 from graphopt.ir.constants import fold_float_attributes, is_float_input
 from graphopt.ir.copying import copy_module
 from graphopt.ir.dce import eliminate_dead_code
-from graphopt.ir.loops import find_loop
+from graphopt.ir.loops import find_loop, innermost
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.sites.structure import ends_text, structure_rows
 from graphopt.ir.sizes.inputs import tie_sizes
@@ -87,6 +87,7 @@ def rewrite(
             gm, options.config.pipeline, _pipeline_options(gm, options)
         )
     gm.recompile()
+    innermost(gm).recompile()
     config = options.config.text()
     report = CompileReport(kind, config, structure, records, seconds=seconds)
     report.ends = ends

@@ -200,12 +200,16 @@ def test_idle_pages_that_a_waiting_request_uses_are_taken():
 
 
 def test_no_prompt_is_begun_on_pages_that_another_will_need():
-    boards = Boards(_limits()).prefill(40).wait(8)
-    boards.free = 11
+    # The first needs ten pages, the second two: twelve let both run.
+    boards = Boards(_limits(chunk_limit=8), free=11).prefill(40).wait(8)
     assert _plan("sarathi", boards).shares == {0: 16}
     boards.free = 12
-    plan = _plan("sarathi", Boards(_limits(budget=48), free=12).prefill(40).wait(8))
-    assert plan.shares == {0: 40, 1: 8}
+    assert _plan("sarathi", boards).shares == {0: 8, 1: 8}
+
+
+def test_a_page_that_was_to_be_taken_is_free_again_when_its_request_is_out():
+    boards = Boards(_limits(), free=1).prefill(20, 8).decode(5)
+    assert _plan("sarathi", boards) == Plan({0: 8}, (1,))
 
 
 @pytest.mark.parametrize(
