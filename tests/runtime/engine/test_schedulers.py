@@ -208,8 +208,13 @@ def test_no_prompt_is_begun_on_pages_that_another_will_need():
 
 
 def test_a_page_that_was_to_be_taken_is_free_again_when_its_request_is_out():
-    boards = Boards(_limits(), free=1).prefill(20, 8).decode(5)
-    assert _plan("sarathi", boards) == Plan({0: 8}, (1,))
+    boards = Boards(_limits(), free=1).prefill(20, 8).decode(9)
+    assert _plan("sarathi", boards) == Plan({0: 12}, (1,))
+
+
+def test_a_chunk_that_pages_cut_short_is_run():
+    boards = Boards(_limits(), free=1).decode(30).prefill(20, 8)
+    assert _plan("sarathi", boards).shares == {0: 1, 1: 4}
 
 
 @pytest.mark.parametrize(

@@ -29,15 +29,15 @@ class Sarathi:
         _continue(draft, limit)
         _admit(draft, board.waiting, limit)
         # What nobody else wants goes to those that the limit held back.
-        _continue(draft, board.limits.budget)
+        for view in prefills(draft):
+            _chunk(draft, view, board.limits.budget)
         _align(draft)
         return draft.plan()
 
 
 def _continue(draft: Draft, limit: int) -> None:
     for view in prefills(draft):
-        wants = draft.left and draft.runs(view) and draft.pending(view)
-        if wants and make_room(draft, view):
+        if draft.left and make_room(draft, view):
             _chunk(draft, view, limit)
 
 
@@ -50,7 +50,8 @@ def _admit(draft: Draft, waiting: Iterable[View], limit: int) -> None:
 
 def _chunk(draft: Draft, view: View, limit: int) -> None:
     tokens = min(draft.pending(view), draft.left, limit, draft.room(view))
-    draft.give(view, tokens)
+    if tokens:
+        draft.give(view, tokens)
 
 
 def _align(draft: Draft) -> None:
