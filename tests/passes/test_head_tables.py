@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from graphopt.errors import ConfigError, PassError
 from graphopt.ir.match import op_name
 from graphopt.passes.attention.head_tables import read_table
 from graphopt.pipeline import PipelineOptions, run_passes
-from tests.models import TINY, capture, token_ids
+from tests.models import TINY, capture, copy_graph, token_ids
 
 HEADS = {
     "0": ["vertical_and_slash", 40, 130, 0.9],
@@ -27,8 +28,13 @@ def write(folder, name, text):
     return path
 
 
-def llama():
+@functools.cache
+def captured():
     return capture(TINY["llama"](), input_ids=token_ids(1, 200))[0]
+
+
+def llama():
+    return copy_graph(captured())
 
 
 def rewritten(config, strict=True):
