@@ -17,8 +17,11 @@ from graphopt.ops.tokens import spread_scores
 from graphopt.passes.tokens.schedule import DropPoint, steps
 from graphopt.search.runner import configured
 from tests.models import TINY, padding_mask, token_ids
+from tests.rewriting import rewritten, traced
 
 LAYERS = 5  # the least in which each of the three points has its own
+ONE = "schedule=[{layer=0,keep=0.7}]"
+TWO = "schedule=[{layer=0,keep=0.7},{layer=2,percentile=30}]"
 THREE = "schedule=[{layer=0,keep=0.7},{layer=2,percentile=30},{depth=0.9,keep=0.3}]"
 POINTS = [
     DropPoint(layer=0, keep=0.7),
@@ -86,10 +89,9 @@ def runs_by_hand(n, count):
 
 
 @torch.no_grad()
-def row_by_hand(model, ids, places, tokens, method):
+def row_by_hand(model, ids, places, tokens, method, plan):
     """Logits of a row's last token: its real tokens lie at ``places`` of ``tokens``."""
     base, hidden = model.model, model.model.embed_tokens(ids[None, places])
-    plan = {step.layer: step for step in steps(POINTS, LAYERS)}
     count, first, alive = tokens, None, torch.tensor(places)
     for index, layer in enumerate(base.layers):
         rotary = base.rotary_emb(hidden, alive[None])
@@ -122,43 +124,45 @@ def row_by_hand(model, ids, places, tokens, method):
     return model.lm_head(base.norm(hidden[:, -1]))[0]
 
 
-def by_hand(model, ids, mask, method):
+def by_hand(model, ids, mask, method, points):
     rows = []
     for row in range(ids.shape[0]):
         places = mask[row].nonzero()[:, 0].tolist()
-        rows.append(row_by_hand(model, ids[row], places, ids.shape[1], method))
+        plan = {step.layer: step for step in steps(points, len(model.model.layers))}
+        rows.append(row_by_hand(model, ids[row], places, ids.shape[1], method, plan))
     return torch.stack(rows)
 
 
-def check_rows(fast, model, method):
+def check_rows(fast, model, method, points):
     """Three prompt lengths, with padding of its own for each row."""
     twin = eager(model)
     for tokens, shortest in ((40, 31), (23, 5), (64, 64)):
         ids, mask = token_ids(2, tokens), padding_mask([tokens, shortest], tokens)
         with torch.no_grad():
             out = fast(ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
-        expected = by_hand(twin, ids, mask, method)
+        expected = by_hand(twin, ids, mask, method, points)
         # Rotary angles are float32, also in a float64 model.
         torch.testing.assert_close(out.logits[:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_once_for_every_length():
-    model, before = model_of(), len(graphopt.last_reports())
-    options = {"config": f"structured-mask,token-drop{{method=lazy,{THREE}}}"}
+    model, before = model_of(layers=2), len(graphopt.last_reports())
+    options = {"config": f"structured-mask,token-drop{{method=lazy,{ONE}}}"}
     fast = torch.compile(model, backend="graphopt", dynamic=True, options=options)
-    check_rows(fast, model, "lazy")
+    check_rows(fast, model, "lazy", POINTS[:1])
     assert len(graphopt.last_reports()) == before + 1
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"),
-    [(m, "llama") for m in ("fastv", "random", "uniform", "pool")]
-    + [("lazy", "qwen3")],
+    ("method", "kind", "drops"),
+    [("fastv", "llama", 3), ("lazy", "qwen3", 3)]
+    + [(m, "llama", 2) for m in ("random", "uniform", "pool")],
 )
-def test_equals_the_layers_on_the_kept_tokens(method, kind):
+def test_equals_the_layers_on_the_kept_tokens(method, kind, drops):
     """Of the rewritten graph itself: it runs without Inductor."""
-    model, captures = model_of(kind), []
-    edit = configured(f"structured-mask,token-drop{{method={method},{THREE}}}")
+    model, captures = model_of(kind, drops + 2), []
+    schedule = {2: TWO, 3: THREE}[drops]
+    edit = configured(f"structured-mask,token-drop{{method={method},{schedule}}}")
 
     def backend(gm, inputs):
         captures.append(gm)
@@ -166,7 +170,7 @@ def test_equals_the_layers_on_the_kept_tokens(method, kind):
         return gm
 
     fast = torch.compile(model, backend=backend, dynamic=True)
-    check_rows(fast, model, method)
+    check_rows(fast, model, method, POINTS[:drops])
     assert len(captures) == 1
 
 
@@ -217,16 +221,13 @@ def observed_by_hand(model, ids, observe, count, smooth=3):
 
 
 def test_without_padding_and_with_one_fixed_length():
-    model, ids = model_of(), token_ids(1, 33)
+    model, ids, reports = model_of(layers=3), token_ids(1, 33), []
     config = "token-drop{schedule=[{layer=1,keep=0.4}]}"
-    fast = torch.compile(
-        model, backend="graphopt", dynamic=False, options={"config": config}
-    )
+    fast = rewritten(model, config, host=traced, dynamic=False, reports=reports)
     with torch.no_grad():
         out = fast(ids, use_cache=False, logits_to_keep=1).logits
         dense = model(ids, use_cache=False, logits_to_keep=1).logits
-    record = graphopt.last_reports()[-1].records[0]
-    assert [r.kind for r in record.remarks] == ["applied"]
+    assert [r.kind for r in reports[-1].records[0].remarks] == ["applied"]
     assert not torch.allclose(out, dense)
 
 
