@@ -118,7 +118,11 @@ def new_symbol(mode: Any, hint: int, bounds: Any) -> Any:
     environment = mode.shape_env
     source = ConstantSource(f"size{len(environment.var_to_range)}")
     symbol = environment.create_symbol(
-        hint, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True
+        hint,
+        source,
+        DimDynamic.DYNAMIC,
+        positive=True if bounds.lower >= 0 else None,
+        do_not_specialize_zero_one=True,
     )
     environment.constrain_symbol_range(symbol, bounds.lower, bounds.upper)
     return environment.create_symintnode(symbol, hint=hint)
@@ -238,7 +242,7 @@ def new_size(like: torch.Tensor, most: Any) -> Any:
 
 
 def new_count(mode: Any, least: int) -> Any:
-    """Return a symbolic number of tokens, at least ``least``, that running tells."""
+    """Return a symbolic number, at least ``least``, that only running tells."""
     with discarding_sizes(mode):
         count = mode.shape_env.create_unbacked_symint()
     torch._check(count >= least)

@@ -42,7 +42,12 @@ class LoopState:
 
 
 class ChunkLoop(nn.Module):
-    """Run ``body`` on ``chunk`` tokens after ``chunk`` tokens; the last are padded.
+    """Run ``body`` on ``chunk`` tokens after ``chunk`` tokens of a prompt.
+
+    The last chunk ends with the prompt: it takes some tokens of the one before again,
+    and of a prompt that is shorter than a chunk it begins before the first token, with
+    zeros that see no key and are no key. So its last rows are always the prompt's last
+    tokens, which selections go by.
 
     Called with the tensors of all tokens, one for each of ``axes`` (their axis of
     tokens), then the mask of padding [B, T] if it is ``masked``, then what is the same
@@ -77,8 +82,9 @@ class ChunkLoop(nn.Module):
         mask = rest.pop(0).t().contiguous() if self.masked else None
         run = self.body if self.compiled is None else self.compiled
         joined: dict[int, Tensor] = {}
-        for past in range(0, tokens, self.chunk):
-            seen = min(past + self.chunk, tokens)
+        for start in range(0, tokens, self.chunk):
+            past = min(start, tokens - self.chunk)
+            seen = past + self.chunk
             chunks = [
                 take_chunk(x, past, self.chunk, axis)
                 for x, axis in zip(parts, self.axes, strict=True)
@@ -86,39 +92,38 @@ class ChunkLoop(nn.Module):
             rows = [state.narrow(2, 0, seen) for state in states]
             shown = [] if mask is None else [mask[:seen].t()]
             outputs = run(*chunks, past, *rows, *shown, *rest)
-            self._keep(joined, outputs, past, seen, tokens)
+            self._keep(joined, outputs, past, tokens)
         return tuple(
             states[r.index] if r.state else joined[r.index] for r in self.results
         )
 
     def _keep(
-        self, joined: dict[int, Tensor], outputs: Any, past: int, seen: int, tokens: int
+        self, joined: dict[int, Tensor], outputs: Any, past: int, tokens: int
     ) -> None:
+        new = min(self.chunk, tokens)
         for result in self.results:
             if result.state:
                 continue
-            new, axis = outputs[result.index], result.axis
+            made, axis = outputs[result.index], result.axis
             if result.index not in joined:
-                sizes = list(new.shape)
+                sizes = list(made.shape)
                 sizes[axis] = tokens
-                joined[result.index] = new.new_empty(sizes)
-            part = joined[result.index].narrow(axis, past, seen - past)
-            part.copy_(new.narrow(axis, 0, seen - past))
+                joined[result.index] = made.new_empty(sizes)
+            part = joined[result.index].narrow(axis, max(past, 0), new)
+            part.copy_(made.narrow(axis, self.chunk - new, new))
 
 
 def take_chunk(x: Tensor, start: int, size: int, axis: int) -> Tensor:
-    """Return ``size`` tokens of x from ``start`` on, zeros behind the last.
+    """Return ``size`` tokens of x from ``start`` on, zeros before the first.
 
     Contiguous: the body is compiled for that.
     """
-    rest = min(size, x.shape[axis] - start)
-    part = x.narrow(axis, start, rest)
-    if rest == size:
-        return part.contiguous()
+    if start >= 0:
+        return x.narrow(axis, start, size).contiguous()
     sizes = list(x.shape)
     sizes[axis] = size
     padded = x.new_zeros(sizes)
-    padded.narrow(axis, 0, rest).copy_(part)
+    padded.narrow(axis, -start, size + start).copy_(x.narrow(axis, 0, size + start))
     return padded
 
 

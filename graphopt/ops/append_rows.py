@@ -12,10 +12,11 @@ _library.define("append_rows(Tensor x, Tensor(a!) rows, SymInt past) -> ()")
 def append_rows(x: Tensor, rows: Tensor, past: int) -> None:
     """Write x [B, H, S, D] to rows [B, H, T, D], from token ``past`` on, in place.
 
-    What would lie behind the last row, the padding of a prompt's last chunk, is left.
+    A negative ``past`` is padding in front of a short prompt, which is not written.
     """
-    new = min(x.shape[2], rows.shape[2] - past)
-    rows.narrow(2, past, new).copy_(x.narrow(2, 0, new))
+    skipped = max(-past, 0)
+    new = x.shape[2] - skipped
+    rows.narrow(2, past + skipped, new).copy_(x.narrow(2, skipped, new))
 
 
 torch.library.impl(_library, "append_rows", "CompositeExplicitAutograd")(append_rows)

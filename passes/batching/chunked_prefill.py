@@ -23,11 +23,12 @@ class ChunkedPrefill(Pass):
 
     A loop takes the place of the layers: its body, a graph for ``chunk`` tokens, is
     compiled once and serves prompts of every length. Keys and values of the chunks
-    before lie in tensors of the loop, and each chunk attends to them and to itself; the
-    last chunk is padded. What is in memory at once beside keys and values is the work
-    of one chunk, and not of the prompt. Lossless: the same keys enter the same softmax.
-    Pays where prompts are long and memory is short; passes that follow in the config
-    rewrite the body (sparse attention selects for a chunk's queries among all keys).
+    before lie in tensors of the loop, and each chunk attends to them and to itself. The
+    last chunk ends with the prompt, and takes some tokens twice. What is in memory at
+    once beside keys and values is the work of one chunk, and not of the prompt.
+    Lossless: the same keys enter the same softmax. Pays where prompts are long and
+    memory is short; passes that follow in the config rewrite the body (sparse attention
+    selects for a chunk's queries among all keys).
 
     Before::
 

@@ -34,7 +34,7 @@ class ChunkBody:
     """Builds the graph; see `ChunkLoop` for what it is called with.
 
     ``parts`` are the chunk's tensors in the whole graph, ``sites`` what stands there
-    for attention, ``mask`` the mask of padding [B, T].
+    for attention, ``mask`` the mask of padding [B, T], ``chunk`` the tokens of a chunk.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class ChunkBody:
         parts: Sequence[fx.Node],
         sites: Mapping[fx.Node, AttentionSite],
         mask: fx.Node | None,
+        chunk: int,
     ) -> None:
         self.module = fx.GraphModule({}, fx.Graph())
         self.module.meta = dict(whole.meta)
@@ -54,7 +55,7 @@ class ChunkBody:
         self._new: dict[fx.Node, fx.Node] = {}
         for node in parts:
             self._new[node] = self._input(f"chunk_{node.name}", value_of(node))
-        self._past = self._input("past", _compat.new_count(self._mode, 0))
+        self._past = self._input("past", _compat.new_count(self._mode, -chunk))
         self._seen = _compat.new_count(self._mode, 2)
 
     def build(self, nodes: Sequence[fx.Node], exits: Sequence[Exit]) -> list[fx.Node]:
