@@ -14,6 +14,7 @@ _BUILT_IN = {
     "structured-mask": "graphopt.passes.attention.structured_mask:StructuredMask",
     "page-selection": "graphopt.passes.attention.page_selection:PageSelection",
     "chunked-prefill": "graphopt.passes.batching.chunked_prefill:ChunkedPrefill",
+    "ragged-batch": "graphopt.passes.batching.ragged_batch:RaggedBatch",
     "packed-prefill": "graphopt.passes.batching.packed_prefill:PackedPrefill",
     "token-drop": "graphopt.passes.tokens.token_drop:TokenDrop",
     "skinny-linear": "graphopt.passes.linear.skinny_linear:SkinnyLinear",

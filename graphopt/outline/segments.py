@@ -23,6 +23,7 @@ _ANCHORS = (
         "graphopt.visit_attention",
         "graphopt.page_attention",
         "graphopt.packed_attention",
+        "graphopt.ragged_page_attention",
     ),
     ("softmax",),
 )
