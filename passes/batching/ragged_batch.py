@@ -8,9 +8,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from graphopt.ir.attention.ragged import ragged_writes, read_ragged
+from graphopt.ir.attention.ragged import ragged_writes, read_ragged, written
 from graphopt.ir.attention.site import AttentionSite
-from graphopt.ir.match import same_size, size_expr
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.passes.base import Pass, PassContext, PassResult
 from graphopt.remarks import Remark, applied, missed
@@ -61,7 +60,7 @@ class RaggedBatch(Pass):
             return PassResult(False, (refusal,))
         remarks: list[Remark] = []
         for site in model.attention:
-            read_ragged(model.gm, site, writes[site.key])
+            read_ragged(model.gm, site, writes[written(site.key)])
             text = f"reads pages by row, {site.pattern}"
             remarks.append(applied(f"attention[{site.index}]", text))
         return PassResult(True, tuple(remarks), {"sites": len(remarks)})
@@ -69,20 +68,19 @@ class RaggedBatch(Pass):
 
 def _refusal(model: ModelGraph, writes: Container[fx.Node]) -> Remark | None:
     for site in model.attention:
-        if reason := _site_refusal(site, site.key in writes):
+        if reason := _site_refusal(site, written(site.key) in writes):
             return missed(f"attention[{site.index}]", "attention", reason)
     unknown = [row for row in model.missed() if row[1] == "not-raised"]
     return missed(unknown[0][0], "attention", unknown[0][2]) if unknown else None
 
 
-def _site_refusal(site: AttentionSite, written: bool) -> str:
+def _site_refusal(site: AttentionSite, has_pages: bool) -> str:
     if site.unsupported:
         return site.unsupported
     if site.pattern not in ("causal", "sliding-window"):
         return f"its pattern is '{site.pattern}'"
     if site.key_mask is not None:
         return "it hides keys by a mask"
-    lengths = (size_expr(site.query_len), size_expr(site.kv_len))
-    if site.offset != 0 or not same_size(*lengths):
-        return f"it has {lengths[1]} keys for {lengths[0]} queries"
-    return "" if written else "its keys are not those that the layer writes to pages"
+    if site.offset != 0:
+        return f"its first query is at position {site.offset}"
+    return "" if has_pages else "its keys are not those that the layer writes to pages"

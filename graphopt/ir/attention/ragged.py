@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.attention.site import AttentionSite
+from graphopt.ir.caches.writes import concatenated, whole
 from graphopt.ir.match import op_name
 from graphopt.ir.replace import call, substitute
 from graphopt.ir.tokens.drop import scale_of
@@ -22,6 +23,13 @@ def ragged_writes(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
         for node in gm.graph.nodes
         if op_name(node) == "graphopt.append_ragged"
     }
+
+
+def written(attended: fx.Node) -> Any:
+    """Return the new keys of a layer, which others follow that nobody sees."""
+    base = whole(attended)
+    parts = concatenated(base)
+    return parts[0] if parts else base
 
 
 def read_ragged(gm: fx.GraphModule, site: AttentionSite, write: fx.Node) -> fx.Node:

@@ -18,7 +18,7 @@ from graphopt.report import CompileReport
 from graphopt.runtime.engine.batch import Piece
 from graphopt.runtime.engine.ragged_cache import LayerShape, RaggedCache
 
-_LEAST = 2  # of any size that varies: one is a number of its own to the compiler
+_LEAST = 3  # of any size that varies: less may be numbers of their own to the compiler
 
 
 class CompiledExecutor:
@@ -61,15 +61,14 @@ class CompiledExecutor:
     def _compile(self) -> None:
         """Compile now: a model that cannot be run is no fault of the first request."""
         try:
-            self.run([Piece(0, (0,) * 7, 0, (0,), True)])  # no two sizes alike
+            self.run([Piece(0, (0,) * 7, 0, (0,), True)])
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, ConfigError):
                 raise error.inner_exception from None
             raise
 
     def _backend(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        compiled = graphopt(gm, inputs, options=self._options)
-        self.report = last_reports()[-1]
+        compiled, self.report = lowered(gm, inputs, self._options)
         record = self.report.records[0]
         if not record.changed:
             reasons = "; ".join(str(remark) for remark in record.remarks)
@@ -93,6 +92,14 @@ class CompiledExecutor:
         tokens, places, wanted = step
         logits = self._forward(tokens[None], places[None], wanted, self.cache)
         return logits[0, :samples]
+
+
+def lowered(
+    gm: torch.fx.GraphModule, inputs: list[Any], options: dict[str, Any]
+) -> tuple[Any, CompileReport]:
+    """Return the compiled graph, and what was done to it."""
+    compiled = graphopt(gm, inputs, options=options)
+    return compiled, last_reports()[-1]
 
 
 class _Step(nn.Module):

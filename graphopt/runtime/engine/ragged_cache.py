@@ -13,6 +13,9 @@ from graphopt import ops as _ops  # noqa: F401  registers the operators
 from graphopt.ops.pages import PAGE
 from graphopt.runtime.engine.batch import Piece
 
+# More keys than any window is long: a model that sees less leaves its window out.
+BEYOND = 1 << 20
+
 LayerShape = tuple[int, int, int]  # heads, channels of a key, of a value
 
 
@@ -73,12 +76,15 @@ class RaggedCache(TransformersCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Write key [1, Hkv, N, D] and value [1, Hkv, N, Dv] to pages; return them."""
+        """Write key [1, Hkv, N, D] and value [1, Hkv, N, Dv] to pages.
+
+        Returns them with `BEYOND` more behind them, which causal attention never sees.
+        """
         torch.ops.graphopt.append_ragged(
             key_states, value_states, self.starts, self.past, self.table,
             self.keys[layer_idx], self.values[layer_idx], None, None,
         )  # fmt: skip
-        return key_states, value_states
+        return _extended(key_states), _extended(value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: to the model all tokens are new."""
@@ -86,4 +92,9 @@ class RaggedCache(TransformersCache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return how many keys the model believes there are, and the first's place."""
-        return query_length, 0
+        return query_length + BEYOND, 0
+
+
+def _extended(x: Tensor) -> Tensor:
+    sizes = (*x.shape[:2], BEYOND, x.shape[3])
+    return torch.cat((x, x.new_zeros((1, 1, 1, 1)).expand(sizes)), dim=2)

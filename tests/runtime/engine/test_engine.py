@@ -163,7 +163,7 @@ def test_a_request_that_just_fits_runs():
     assert handle.result().tokens[:NEW] == _wanted(4)
 
 
-@pytest.mark.parametrize("fault", ["named", "unnamed", "nan"])
+@pytest.mark.parametrize("fault", ["named", "misnamed", "unnamed", "nan"])
 def test_a_fault_fails_its_request_alone(fault):
     engine = _engine()
     handles = [engine.submit(PROMPTS[at], _params()) for at in (0, 1, 5, 6)]
@@ -171,7 +171,12 @@ def test_a_fault_fails_its_request_alone(fault):
     engine._executor.faults[1] = fault
     _finish(engine)
     assert [h.state is State.FAILED for h in handles] == [False, True, False, False]
-    cause = {"named": "no such token", "unnamed": "device fault", "nan": "not finite"}
+    cause = {
+        "named": "no such token",
+        "misnamed": "no such request",
+        "unnamed": "device fault",
+        "nan": "not finite",
+    }
     with pytest.raises(
         RequestError, match=f"request 1 failed in step 2.*{cause[fault]}"
     ):
@@ -308,6 +313,16 @@ def test_text_comes_in_parts_and_ends_at_a_stop_string():
     result = handle.result()
     assert (result.reason, result.text) == ("stop", whole.text[:at])
     assert result.tokens == whole.tokens[: at + 2]
+
+
+@pytest.mark.parametrize(("minimum", "ends"), [(2, True), (3, False)])
+def test_stop_strings_count_behind_the_minimum(minimum, ends):
+    engine = Engine(DenseExecutor(40, 16), tokenizer=byte_tokenizer())
+    whole = engine.submit("!#(0>*", _params()).result().text
+    assert whole.index(whole[2]) == 2 and whole[2] not in whole[3:]
+    params = SamplingParams(max_new_tokens=NEW, min_new_tokens=minimum, stop=[whole[2]])
+    result = engine.submit("!#(0>*", params).result()
+    assert result.text == (whole[:2] if ends else whole)
 
 
 def test_a_handle_without_tokenizer_has_no_text():

@@ -154,7 +154,9 @@ class EngineMachine(RuleBasedStateMachine):
         assert list(piece.tokens) == text[piece.past : end]
         assert piece.past == known.stored or piece.past % SIZE == 0
         known.stored = end
-        fails = fault in ("named", "unnamed") or (fault == "nan" and piece.samples)
+        fails = fault in ("named", "misnamed", "unnamed") or (
+            fault == "nan" and piece.samples
+        )
         assert (known.handle.state is State.FAILED) == fails
         if piece.samples and not fails:
             assert end == known.length - 1, "a token was drawn for it"

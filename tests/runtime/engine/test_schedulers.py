@@ -212,6 +212,13 @@ def test_a_page_that_was_to_be_taken_is_free_again_when_its_request_is_out():
     assert _plan("sarathi", boards) == Plan({0: 12}, (1,))
 
 
+def test_decodes_run_where_a_prompt_gave_up_its_pages():
+    # The prompt throws out the newest, whose turn it was, and then itself.
+    boards = Boards(_limits(budget=1, tile=1), free=0)
+    boards.decode(12, served=5).prefill(20, 8).decode(4, served=0)
+    assert _plan("decode-first", boards) == Plan({0: 1}, (2, 1))
+
+
 def test_a_chunk_that_pages_cut_short_is_run():
     boards = Boards(_limits(), free=1).decode(30).prefill(20, 8)
     assert _plan("sarathi", boards).shares == {0: 1, 1: 4}

@@ -9,15 +9,16 @@ from torch import Tensor
 from graphopt.runtime.engine import Piece, PieceError
 from tests.runtime.engine.dense_executor import DenseExecutor
 
-FAULTS = ("named", "unnamed", "company", "nan")
+FAULTS = ("named", "misnamed", "unnamed", "company", "nan")
 
 
 class WatchedExecutor(DenseExecutor):
     """Keeps, beside keys and values, which tokens of which prefix a page holds.
 
     ``faults`` says by request how its next piece fails: ``named`` by a `PieceError`,
-    ``unnamed`` by another one, ``company`` only if it is not alone, ``nan`` by its
-    logits. ``runs`` holds the pieces of all runs since a test last cleared it.
+    ``misnamed`` by one of no request, ``unnamed`` by another one, ``company`` only if
+    it is not alone, ``nan`` by its logits. ``runs`` holds the pieces of all runs since
+    a test last cleared it.
     """
 
     def __init__(self, pages: int, page_size: int = 64) -> None:
@@ -70,6 +71,8 @@ class WatchedExecutor(DenseExecutor):
             fault = self.faults.get(piece.request)
             if fault == "named":
                 raise PieceError(piece.request, "no such token")
+            if fault == "misnamed":
+                raise PieceError(-1, "no such request")
             if fault == "unnamed" or (fault == "company" and len(pieces) > 1):
                 raise RuntimeError("device fault")
 

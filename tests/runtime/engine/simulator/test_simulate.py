@@ -114,6 +114,14 @@ def test_stages_wait_for_a_micro_batch_to_come_back_but_not_for_requests():
         assert pipeline.run(5.0, 2.0, fed).bubble == bubble
 
 
+def test_a_micro_batch_takes_all_that_came_while_the_first_stage_was_busy():
+    arrivals = [Arrival(time, 4, 1) for time in (0.0, 0.1, 0.9)]
+    options = EngineOptions(budget=8, tile=4)
+    report = Simulation(arrivals, options, StepCost(2.0, 0.0), 8, stages=2).run()
+    assert [served.token_times for served in report.served] == [(2.0,), (3.0,), (3.0,)]
+    assert report.steps == 2
+
+
 def test_a_request_that_can_never_fit_is_refused():
     with pytest.raises(GraphoptError, match="100 and 9 new tokens can never run"):
         Simulation([Arrival(0.0, 100, 9)], EngineOptions(), llama_13b(), 2, 2, 64)
