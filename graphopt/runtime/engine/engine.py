@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from graphopt.runtime.engine.admission import checked_prompt
 from graphopt.runtime.engine.batch import Executor, Piece
@@ -19,6 +20,7 @@ from graphopt.runtime.engine.batcher import Batcher
 from graphopt.runtime.engine.faults import Outcome, Row, run_pieces
 from graphopt.runtime.engine.handle import Handle
 from graphopt.runtime.engine.job import State
+from graphopt.runtime.engine.models import compiled_executor, for_model
 from graphopt.runtime.engine.options import EngineOptions
 from graphopt.runtime.engine.pages import PagePool
 from graphopt.runtime.engine.request import Request
@@ -34,19 +36,33 @@ _Shares = list[tuple[Request, int]]
 class Engine:
     """Serves many requests by continuous batching; safe to use from several threads.
 
-    ``executor`` runs the pieces of a step and has the pool; ``tokenizer``, as of
-    transformers, is needed for prompts and stop strings of text. ``clock`` gives the
-    seconds of the statistics. ``history`` holds the latest steps.
+    ``model``: a causal language model of transformers, which is compiled for steps of
+    any mixture of prompt chunks and decodes (`ragged-batch`), with the passes of
+    ``config`` behind it; or an `Executor`. ``pages``: of 64 tokens, for the keys and
+    values of all requests of a model. ``tokenizer``, as of transformers, is needed for
+    prompts and stop strings of text. ``clock`` gives the seconds of the statistics.
+    ``history`` holds the latest steps.
+
+    Raises ConfigError for a model whose attention requests cannot share, and for a
+    config or options that cannot be used.
     """
 
     def __init__(
         self,
-        executor: Executor,
+        model: nn.Module | Executor,
+        config: Any = None,
+        *,
         options: EngineOptions | None = None,
         tokenizer: Any = None,
+        pages: int = 512,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.options = options or EngineOptions()
+        if isinstance(model, nn.Module):
+            self.options = for_model(self.options, model)
+            executor = compiled_executor(model, config, self.options, pages)
+        else:
+            executor = model
         self.history: deque[StepStatistics] = deque(maxlen=_KEPT_STEPS)
         self._executor = executor
         self._tokenizer = tokenizer

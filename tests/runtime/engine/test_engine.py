@@ -39,7 +39,7 @@ def _wanted(index: int, sampled: bool = False) -> list[int]:
 
 def _engine(pages: int = 40, **options: object) -> Engine:
     given = {"budget": 32, "tile": 16, **options}
-    return Engine(WatchedExecutor(pages, 16), EngineOptions(**given))
+    return Engine(WatchedExecutor(pages, 16), options=EngineOptions(**given))
 
 
 def _params(sampled: bool = False, new: int = NEW) -> SamplingParams:
@@ -75,7 +75,7 @@ def test_tokens_are_those_of_generate(scheduler, pages, running):
 def test_chunks_of_any_size(chunk):
     prompt = _prompt(130)
     options = EngineOptions(budget=chunk, tile=chunk)
-    engine = Engine(WatchedExecutor(4, 64), options)
+    engine = Engine(WatchedExecutor(4, 64), options=options)
     assert engine.submit(prompt, _params(new=3)).result().tokens == _chunked()
     assert max(step.tokens for step in engine.history) == chunk
 
@@ -236,7 +236,7 @@ class _Interrupted(WatchedExecutor):
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_an_interrupted_step_runs_again(scheduler):
     options = EngineOptions(budget=32, tile=16, scheduler=scheduler)
-    engine = Engine(_Interrupted(6, 16), options)
+    engine = Engine(_Interrupted(6, 16), options=options)
     handles = [engine.submit(PROMPTS[at], _params()) for at in (4, 1, 2)]
     with pytest.raises(KeyboardInterrupt):
         engine.run()
@@ -375,7 +375,9 @@ def test_threads_share_an_engine():
 def test_statistics_count_time_from_arrival():
     ticks = iter(range(10_000))
     options = EngineOptions(budget=16, tile=16)
-    engine = Engine(DenseExecutor(40, 16), options, clock=lambda: float(next(ticks)))
+    engine = Engine(
+        DenseExecutor(40, 16), options=options, clock=lambda: float(next(ticks))
+    )
     one = engine.submit(PROMPTS[4], _params(new=3))
     two = engine.submit(PROMPTS[1], _params(new=2))
     engine.run()

@@ -82,7 +82,7 @@ class EngineMachine(RuleBasedStateMachine):
             share_prefixes=share,
             chunk_limit=limit,
         )
-        self.engine = Engine(self.executor, options)
+        self.engine = Engine(self.executor, options=options)
         self.known: list[_Known] = []
         self.cancelled: set[int] = set()
         self.faulty: set[int] = set()

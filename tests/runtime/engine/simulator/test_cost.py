@@ -80,7 +80,7 @@ def test_published_steps_fit():
 def test_the_steps_of_an_engine_are_measured():
     ticks = iter(range(1000))
     timed = TimedExecutor(DenseExecutor(8, 16), lambda: float(next(ticks)))
-    engine = Engine(timed, EngineOptions(budget=16, tile=16))
+    engine = Engine(timed, options=EngineOptions(budget=16, tile=16))
     engine.submit(list(range(20)), SamplingParams(max_new_tokens=2)).result()
     assert timed.measured == [
         ([Load(0, 16)], 1.0),

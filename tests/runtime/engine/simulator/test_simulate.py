@@ -48,7 +48,7 @@ def test_steps_are_those_of_the_engine(scheduler, pages):
     options = EngineOptions(
         budget=16, tile=8, scheduler=scheduler, max_running=4, share_prefixes=False
     )
-    engine = Engine(WatchedExecutor(pages, 16), options)
+    engine = Engine(WatchedExecutor(pages, 16), options=options)
     for prompt, new in sizes:
         engine.submit([1] * prompt, SamplingParams(max_new_tokens=new))
     engine.run()
