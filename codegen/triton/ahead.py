@@ -29,6 +29,7 @@ from graphopt.errors import KernelError
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 _LISTS = {
+    **dict.fromkeys(("starts_ptr", "lengths_ptr"), "*i32"),
     **dict.fromkeys(("runs_ptr", "run_count_ptr", "columns_ptr"), "*i32"),
     **dict.fromkeys(("column_count_ptr", "key_block_count_ptr"), "*i32"),
     **{"block_heads_ptr": "*i32", "key_blocks_ptr": "*i16"},

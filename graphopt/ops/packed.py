@@ -112,7 +112,7 @@ def _cpu(query: Tensor, *inputs: Any) -> Tensor:
 
     if not cpp.supports(query.dtype):
         return packed_reference(query, *inputs)
-    return _launched(cpp.launch_packed, query, *inputs)
+    return launched(cpp.launch_packed, query, *inputs)
 
 
 @torch.library.impl(_library, "packed_attention", "CUDA")
@@ -121,10 +121,10 @@ def _cuda(query: Tensor, *inputs: Any) -> Tensor:
 
     if not packed.supports(query.dtype):
         return packed_reference(query, *inputs)
-    return _launched(packed.launch, query, *inputs)
+    return launched(packed.launch, query, *inputs)
 
 
-def _launched(
+def launched(
     launch: Callable[..., None],
     query: Tensor,
     key: Tensor,
@@ -139,6 +139,7 @@ def _launched(
     scale: float | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
+    """Run a kernel's ``launch`` on the rows as one; see the module for the rest."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out = _result(query, value).zero_()
     mask = None if key_mask is None else key_mask.reshape(1, -1)

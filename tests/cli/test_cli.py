@@ -41,7 +41,8 @@ def test_help_has_an_example():
 def test_passes():
     listed = {row["name"] for row in facts("passes")}
     attention = {"page-selection", "sparse-attention", "structured-mask"}
-    assert listed == {*attention, "skinny-linear", "token-drop"}
+    batching = {"chunked-prefill", "packed-prefill", "ragged-batch"}
+    assert listed == {*attention, *batching, "skinny-linear", "token-drop"}
     text = graphopt("passes", "sparse-attention").stdout
     for part in ("MInference", "window", "1024", "tokens", "Refuses when"):
         assert part in text

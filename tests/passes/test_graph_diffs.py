@@ -96,3 +96,21 @@ def test_a_missing_golden_file_fails(pytester):
     golden = pytester.path / "golden" / "one.diff"
     golden.write_text(golden.read_text().replace("missed", "lost"))
     pytester.runpytest_inprocess().assert_outcomes(failed=1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_packed_prefill(graph_diff, name):
+    inputs = {
+        "input_ids": token_ids(3, 24),
+        "attention_mask": padding_mask([24, 3, 17], 24),
+        "use_cache": True,
+        "logits_to_keep": 1,
+    }
+    graph_diff(TINY[name](), "packed-prefill", f"packed-prefill-{name}", **inputs)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_chunked_prefill(graph_diff, name):
+    inputs = {"input_ids": token_ids(1, 24), "use_cache": True, "logits_to_keep": 1}
+    config = "chunked-prefill{chunk=8}"
+    graph_diff(TINY[name](), config, f"chunked-prefill-{name}", **inputs)

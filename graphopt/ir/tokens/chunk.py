@@ -52,7 +52,7 @@ def chunk_tokens(model: ModelGraph, chunk: int) -> ChunkLoop:
     exits = _exits(model, region, whole)
     substitute_tokens(model, parts, tokenwise=True)
     nodes = [n for n in graph.nodes if n in region.body]
-    body = ChunkBody(model.gm, list(parts.values()), sites, mask, chunk)
+    body = ChunkBody(model.gm, parts, sites, mask, chunk)
     given = body.build(nodes, exits)
     loop = ChunkLoop(
         body.module,

@@ -33,14 +33,15 @@ class Exit:
 class ChunkBody:
     """Builds the graph; see `ChunkLoop` for what it is called with.
 
-    ``parts`` are the chunk's tensors in the whole graph, ``sites`` what stands there
-    for attention, ``mask`` the mask of padding [B, T], ``chunk`` the tokens of a chunk.
+    ``parts`` are tensors of all tokens and what stands for a chunk of each, ``sites``
+    what stands for attention, ``mask`` the mask of padding [B, T]; ``chunk`` is how
+    many tokens a chunk has.
     """
 
     def __init__(
         self,
         whole: fx.GraphModule,
-        parts: Sequence[fx.Node],
+        parts: Mapping[fx.Node, fx.Node],
         sites: Mapping[fx.Node, AttentionSite],
         mask: fx.Node | None,
         chunk: int,
@@ -53,8 +54,9 @@ class ChunkBody:
         self.results: tuple[LoopResult, ...] = ()
         self._mode = _compat.fake_mode_of(whole)
         self._new: dict[fx.Node, fx.Node] = {}
-        for node in parts:
-            self._new[node] = self._input(f"chunk_{node.name}", value_of(node))
+        for whole_part, node in parts.items():
+            name = f"chunk_{whole_part.name}"
+            self._new[node] = self._input(name, value_of(node))
         self._past = self._input("past", _compat.new_count(self._mode, -chunk))
         self._seen = _compat.new_count(self._mode, 2)
 

@@ -14,6 +14,7 @@ from graphopt.errors import KernelError
 GPUS = tuple(name for name, t in TARGETS.items() if t.is_gpu)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 MASK, CAP, HEADS = "has_key_mask", "has_softcap", "per_head"
+PACKED = "packed"
 
 # Every pattern, dtype, head dim of a chunk more, and option; not their product, which
 # takes a quarter of an hour.
@@ -25,6 +26,7 @@ SPECS = (
     ("sliding-window", BF16, 256, 4, (CAP,)),
     ("causal", FP16, 96, 8, (CAP,)),
     ("full", FP32, 128, 1, (MASK,)),
+    ("sliding-window", BF16, 64, 3, (MASK, PACKED)),
 )
 # The first and the widest for every target, the others for two that alternate.
 CASES = [

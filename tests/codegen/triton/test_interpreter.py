@@ -9,6 +9,7 @@ from graphopt.codegen.triton.attention import launch
 from graphopt.codegen.triton.spec import AttentionSpec
 from graphopt.errors import KernelError
 from tests.codegen.triton.cases import FACTORS, SINGLE, Case, check
+from tests.codegen.triton.packed_cases import PackedCase, check_packed
 from tests.codegen.triton.pairwise import pairwise
 from tests.oracle import tensors
 
@@ -21,6 +22,19 @@ def test_single(interpreter, case):
 @pytest.mark.parametrize("case", [Case(**c) for c in pairwise(FACTORS)], ids=str)
 def test_pairwise(interpreter, case):
     interpreter.submit(check, case).result()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        PackedCase("causal", masked=True),
+        PackedCase("sliding-window", window=9, softcap=5.0),
+        PackedCase("full", dtype=torch.bfloat16, masked=True, tile=(16, 64)),
+    ],
+    ids=str,
+)
+def test_packed(interpreter, case):
+    interpreter.submit(check_packed, case).result()
 
 
 def test_no_rows_give_an_empty_result(interpreter):
