@@ -22,9 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import compare, keep
+from benchmarks.harness import compare, keep, watched
 from graphopt.agreement import agreement
-from graphopt.memory import peak_mb, reset_peak
 from graphopt.models import load
 from graphopt.runtime.cache import Cache
 from graphopt.texts import language_reference
@@ -74,7 +73,7 @@ def main(quick: bool = False) -> dict[str, Any]:
     logits = {name: side.run(following) for name, side in sides.items()}
     peaks: dict[str, float] = {}
     timed = {
-        name: partial(_watched, name, partial(side.run, following), peaks)
+        name: partial(watched, name, partial(side.run, following), peaks)
         for name, side in sides.items()
     }
     found = compare(timed, runs=3, warm=1)
@@ -166,14 +165,6 @@ def _cache_bytes(cache: Any) -> int:
     if isinstance(cache, Cache):
         return cache.nbytes
     return sum(t.nbytes for x in cache.layers for t in (x.keys, x.values))
-
-
-def _watched(name: str, side: Callable[[], Any], peaks: dict[str, float]) -> None:
-    """Run ``side``; keep how far the memory rose above what was there, in MB."""
-    reset_peak()
-    before = peak_mb()
-    side()
-    peaks[name] = peak_mb() - before
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

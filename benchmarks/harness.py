@@ -21,6 +21,8 @@ from typing import Any
 import psutil
 import torch
 
+from graphopt.memory import peak_mb, reset_peak
+
 # Every side of a comparison is an entry of the model's own; beyond eight Dynamo would
 # run the rest uncompiled.
 torch._dynamo.config.recompile_limit = 64
@@ -62,6 +64,14 @@ def compare(
             if sum(s.utilisation >= BUSY for s in found[name]) < runs:
                 found[name].append(_timed(function))
     return {name: _best(seconds) for name, seconds in found.items()}
+
+
+def watched(name: str, side: Callable[[], object], peaks: dict[str, float]) -> None:
+    """Run ``side``; keep how far the memory rose above what was there, in MB."""
+    reset_peak()
+    before = peak_mb()
+    side()
+    peaks[name] = peak_mb() - before
 
 
 def _timed(function: Callable[[], object]) -> Seconds:

@@ -108,6 +108,7 @@ def _build(data: Mapping[str, Any], origin: str, text: str) -> PassConfig:
     if use_defaults and entries != []:
         passes = [*_unnamed(DEFAULT_FIRST, passes), *passes]
         passes = [*passes, *_unnamed(DEFAULT_LAST, passes)]
+    _check_order(passes, origin, text)
     return PassConfig(tuple(passes), origin)
 
 
@@ -115,6 +116,17 @@ def _unnamed(names: Sequence[str], passes: Sequence[Pass]) -> list[Pass]:
     """Return the passes ``names`` that a pipeline does not have already."""
     named = {p.name for p in passes}
     return [pass_class(n)() for n in names if n not in named]
+
+
+def _check_order(pipeline: Sequence[Pass], origin: str, text: str) -> None:
+    """Raise ConfigError for a pass that cannot work behind one before it."""
+    for index, item in enumerate(pipeline):
+        for before in pipeline[:index]:
+            if reason := item.never_after.get(before.name):
+                raise ConfigError(
+                    f"{_at(origin, text, 'name', index)}: {item.name} cannot stand "
+                    f"behind {before.name}: {reason}"
+                )
 
 
 def _is_table_list(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,11 +46,14 @@ class Pass:
 
     Subclasses set ``name`` (kebab-case), ``source`` (the paper), ``exact`` (same
     results up to rounding, so training works) and implement `run`. They keep no state.
+    ``never_after`` names passes behind which this one cannot work, and why: a config
+    that has them in that order is refused.
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
     exact: ClassVar[bool] = False
+    never_after: ClassVar[Mapping[str, str]] = {}
 
     force: bool = option(False, "rewrite even where the prediction says it is slower")
     expect: int | None = option(

@@ -151,3 +151,18 @@ def test_modes_are_those_of_inductor():
     assert parse_options({}, "reduce-overhead").inductor["triton.cudagraphs"] is True
     with pytest.raises(ConfigError, match="mode"):
         parse_options({}, "fastest")
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        ("packed-prefill,sparse-attention", "sparse-attention.*behind packed-prefill"),
+        ("sparse-attention,packed-prefill", "packed-prefill.*behind sparse-attention"),
+        ("chunked-prefill,packed-prefill", "packed-prefill.*behind chunked-prefill"),
+        ("chunked-prefill,token-drop", "token-drop.*behind chunked-prefill"),
+    ],
+)
+def test_passes_that_cannot_work_in_this_order(text, pair):
+    with pytest.raises(ConfigError, match=f"{pair}: [a-z]"):
+        load_config(text)
+    load_config("chunked-prefill,sparse-attention")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -83,6 +84,9 @@ class SparseAttention(Pass):
         "(Yang et al. 2025) and StreamingLLM (Xiao et al. 2023), streaming heads; "
         "SCBench (Li et al. 2025, tri-shape); XAttention (Xu et al. 2025, antidiagonal)"
     )
+    never_after: ClassVar[Mapping[str, str]] = {
+        "packed-prefill": "packed rows hold several prompts, and its lists one"
+    }
 
     pattern: Literal[
         "a-shape",

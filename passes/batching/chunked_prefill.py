@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -61,6 +62,12 @@ class ChunkedPrefill(Pass):
         "mllm-NPU (Xu et al. 2025, section 3.2); SARATHI (Agrawal et al. 2023)"
     )
     exact: ClassVar[bool] = True
+    never_after: ClassVar[Mapping[str, str]] = {
+        "sparse-attention": "put it behind, where it selects for a chunk's queries",
+        "token-drop": "layers would keep different numbers of a chunk's tokens",
+        "packed-prefill": "packed rows hold several prompts; `graphopt.runtime.Engine` "
+        "runs chunks of many prompts together",
+    }
 
     chunk: int = option(256, "tokens that run at once", "tokens")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -66,6 +67,12 @@ class PackedPrefill(Pass):
     name: ClassVar[str] = "packed-prefill"
     source: ClassVar[str] = "Prepacking (Zhao et al. 2024, algorithm 1)"
     exact: ClassVar[bool] = True
+    never_after: ClassVar[Mapping[str, str]] = {
+        "sparse-attention": "its lists are for rows with their padding",
+        "token-drop": "packed rows have no order in which tokens could be fewer",
+        "chunked-prefill": "a chunk's rows are of one length; `graphopt.runtime.Engine` "
+        "runs chunks of many prompts together",
+    }
 
     mode: Literal["flat", "bins"] = option(
         "flat", "pack end to end, or into bins as long as the longest prompt"

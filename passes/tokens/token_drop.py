@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -106,6 +106,10 @@ class TokenDrop(VisionOptions):
         "LazyLLM (Fu et al. 2024, equation 1 and section 3.3); FastV (Chen et al. "
         "2024); MustDrop (Liu et al. 2024)"
     )
+    never_after: ClassVar[Mapping[str, str]] = {
+        "packed-prefill": "packed rows hold several prompts, each with a last token",
+        "chunked-prefill": "a chunk's last token is not the prompt's",
+    }
 
     schedule: list[DropPoint] = option(
         [], "points where tokens are dropped; the method's own when left out"
