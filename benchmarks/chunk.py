@@ -13,14 +13,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 import torch
 
-from benchmarks.harness import compare, keep, watched
+from benchmarks.harness import alone, compare, keep, watched
 from graphopt.backend import last_reports
 from graphopt.models import load
 from graphopt.texts import language_reference
@@ -44,7 +42,7 @@ def main(quick: bool = False) -> dict[str, Any]:
     runs = {name: partial(side, ids) for name, side in sides.items()}
     logits = {name: run() for name, run in runs.items()}
     found = compare(runs, runs=1 if quick else 2, warm=0)
-    peaks = {str(name): _peak_alone(name, tokens) for name in names}
+    peaks = {str(name): alone(_peak, name, tokens) for name in names}
     cache_mb = _cache_mb(model, tokens)
     rows = [
         {
@@ -88,13 +86,7 @@ def _prefill(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _peak_alone(name: str | int, tokens: int) -> float:
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_peak, name, tokens, torch.get_num_threads()).result()
-
-
-def _peak(name: str | int, tokens: int, threads: int) -> float:
-    torch.set_num_threads(threads)
+def _peak(name: str | int, tokens: int) -> float:
     model, ids = _loaded(tokens)
     side, peaks = _side(model, name), dict[str, float]()
     side(ids[:, :WARM])

@@ -12,9 +12,11 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,14 @@ def watched(name: str, side: Callable[[], object], peaks: dict[str, float]) -> N
     before = peak_mb()
     side()
     peaks[name] = peak_mb() - before
+
+
+def alone(function: Callable[..., float], *arguments: object) -> float:
+    """Call ``function`` in a process of its own, where no freed memory is left."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        threads = pool.submit(torch.set_num_threads, torch.get_num_threads())
+        threads.result()
+        return pool.submit(function, *arguments).result()
 
 
 def _timed(function: Callable[[], object]) -> Seconds:

@@ -5,8 +5,8 @@ the left: the prefill with keys and values kept and the logits of the last token
 ``padded`` is the batch under compiled Inductor, ``sorted`` the same in four batches of
 similar lengths, each padded to its own longest, ``flat`` and ``bins`` are
 `packed-prefill`. ``ideal`` is how many times the FLOPs of the padded batch are those of
-the real tokens; ``fraction_of_ideal`` what of it is reached. Peaks are above what was
-resident before the run.
+the real tokens; ``fraction_of_ideal`` what of it is reached. Each peak comes from a
+process of its own, above what was resident before the run and after a short one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import compare, keep, watched
+from benchmarks.harness import alone, compare, keep, watched
 from benchmarks.lengths import log_uniform
 from graphopt.models import load
 from graphopt.texts import language_reference
@@ -32,15 +32,12 @@ Run = Callable[[], torch.Tensor]
 def main(quick: bool = False) -> dict[str, Any]:
     """Measure every side; see the module for what is compared."""
     prompts, longest = (4, 256) if quick else (PROMPTS, LONGEST)
-    loaded = load("smollm2")
     lengths = log_uniform(prompts, SHORTEST, longest, seed=0)
-    ids = loaded.tokenizer(language_reference(), return_tensors="pt").input_ids[0]
-    texts = [ids[i * longest :][:n] for i, n in enumerate(lengths)]
-    sides = _sides(loaded.model, texts)
+    loaded, texts = _loaded(lengths)
+    sides = _sides(_compiled(loaded.model), texts)
     logits = {name: side() for name, side in sides.items()}  # the first calls compile
-    peaks: dict[str, float] = {}
-    timed = {name: partial(watched, name, side, peaks) for name, side in sides.items()}
-    found = compare(timed, runs=1 if quick else 2, warm=0)
+    found = compare(sides, runs=1 if quick else 2, warm=0)
+    peaks = {name: alone(_peak, name, lengths) for name in sides}
     ideal = _flops(loaded.model, [longest_of(texts)] * prompts) / _flops(
         loaded.model, lengths
     )
@@ -64,6 +61,21 @@ def main(quick: bool = False) -> dict[str, Any]:
     return keep("packing", rows, _summary(rows, ideal), quick=quick, notes=notes)
 
 
+def _loaded(lengths: list[int]) -> tuple[Any, list[torch.Tensor]]:
+    """Return SmolLM2 and a text of each length."""
+    loaded, longest = load("smollm2"), max(lengths)
+    ids = loaded.tokenizer(language_reference(), return_tensors="pt").input_ids[0]
+    return loaded, [ids[i * longest :][:n] for i, n in enumerate(lengths)]
+
+
+def _peak(name: str, lengths: list[int]) -> float:
+    loaded, texts = _loaded(lengths)
+    models, peaks = _compiled(loaded.model), dict[str, float]()
+    _sides(models, [text[:SHORTEST] for text in texts[: 2 * GROUPS]])[name]()
+    watched(name, _sides(models, texts)[name], peaks)
+    return peaks[name]
+
+
 def longest_of(texts: list[torch.Tensor]) -> int:
     """Return the tokens of the longest text."""
     return max(len(text) for text in texts)
@@ -79,27 +91,33 @@ def padded(texts: list[torch.Tensor]) -> Batch:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _sides(model: Any, texts: list[torch.Tensor]) -> dict[str, Run]:
+def _compiled(model: Any) -> dict[str, Any]:
+    return {
+        "dense": torch.compile(model, dynamic=True),
+        **{
+            mode: torch.compile(
+                model,
+                backend="graphopt",
+                dynamic=True,
+                options={"config": f"packed-prefill{{mode={mode}}}"},
+            )
+            for mode in ("flat", "bins")
+        },
+    }
+
+
+def _sides(models: dict[str, Any], texts: list[torch.Tensor]) -> dict[str, Run]:
     batch = padded(texts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     size = len(texts) // GROUPS
     groups = [order[i : i + size] for i in range(0, len(texts), size)]
     parts = [padded([texts[i] for i in group]) for group in groups]
     back = torch.tensor([i for group in groups for i in group]).argsort()
-    dense = torch.compile(model, dynamic=True)
-    packed = {
-        mode: torch.compile(
-            model,
-            backend="graphopt",
-            dynamic=True,
-            options={"config": f"packed-prefill{{mode={mode}}}"},
-        )
-        for mode in ("flat", "bins")
-    }
     return {
-        "padded": partial(_prefill, dense, [batch]),
-        "sorted": lambda: _prefill(dense, parts)[back],
-        **{mode: partial(_prefill, packed[mode], [batch]) for mode in packed},
+        "padded": partial(_prefill, models["dense"], [batch]),
+        "sorted": lambda: _prefill(models["dense"], parts)[back],
+        "flat": partial(_prefill, models["flat"], [batch]),
+        "bins": partial(_prefill, models["bins"], [batch]),
     }
 
 

@@ -28,7 +28,7 @@ from graphopt.runtime.engine.compiled import CompiledExecutor
 from graphopt.texts import language_reference
 
 SCHEDULERS = ("request-level", "prefill-first", "decode-first", "sarathi")
-RATES = (0.2, 0.5, 1.0)  # requests a second
+RATES = (0.4, 0.7, 1.2)  # requests a second
 REQUESTS, SHORTEST, LONGEST, NEW = 32, 64, 2048, 64
 BUDGET, TILE, PAGES = 256, 64, 1200
 AT_ONCE = "at once"

@@ -111,6 +111,7 @@ def _seeded(factory: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
                 # Biases and sinks start at zero, which would hide a lost addition.
                 if not parameter.any():
                     nn.init.normal_(parameter, std=0.1)
+        model.__dict__["tiny"] = factory  # what `capture` knows it by
         return model.eval()
 
     return build
@@ -151,8 +152,51 @@ def capture(
 
     ``gm.meta["arguments"]`` holds the real arguments of the first call of each graph,
     copied before the call, so that ``gm(*arguments)`` repeats it. Floats of modules are
-    as Dynamo leaves them (inputs with ``.item()`` under dynamic shapes).
+    as Dynamo leaves them (inputs with ``.item()`` under dynamic shapes). The same call
+    of the same `TINY` model is traced once in a process.
     """
+    key = _key(model, dynamic, inputs)
+    if key is None:
+        return _traced(model, dynamic, inputs)
+    if key not in _captured:
+        _captured[key] = _traced(model, dynamic, inputs)
+    graphs = [copy_graph(gm) for gm in _captured[key]]
+    for gm in graphs:
+        gm.meta["arguments"] = [_copied(a) for a in gm.meta["arguments"]]
+    return graphs
+
+
+_captured: dict[Any, list[fx.GraphModule]] = {}
+
+
+def _key(model: nn.Module, dynamic: bool | None, inputs: dict[str, Any]) -> Any:
+    """Return what a call is known by; None for one with caches or other objects."""
+    factory = model.__dict__.get("tiny")
+    if factory is None:
+        return None
+    found: list[Any] = [factory, dynamic, *_state(model)]
+    for name, value in sorted(inputs.items()):
+        if isinstance(value, torch.Tensor):
+            value = (tuple(value.shape), str(value.dtype), value.numpy().tobytes())
+        elif not isinstance(value, (int, float, str, type(None))):
+            return None
+        found.append((name, value))
+    return tuple(found)
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """Return what a test may have changed in a model that it was given."""
+    config: Any = model.config
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = sum(float(t.double().sum()) for t in tensors)
+    attention = getattr(config, "_attn_implementation", None)
+    kinds = sorted({str(t.dtype) for t in tensors})
+    return [config.to_json_string(), attention, model.training, weights, *kinds]
+
+
+def _traced(
+    model: nn.Module, dynamic: bool | None, inputs: dict[str, Any]
+) -> list[fx.GraphModule]:
     graphs: list[fx.GraphModule] = []
 
     def backend(gm: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:

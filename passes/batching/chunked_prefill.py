@@ -65,8 +65,8 @@ class ChunkedPrefill(Pass):
     never_after: ClassVar[Mapping[str, str]] = {
         "sparse-attention": "put it behind, where it selects for a chunk's queries",
         "token-drop": "layers would keep different numbers of a chunk's tokens",
-        "packed-prefill": "packed rows hold several prompts; `graphopt.runtime.Engine` "
-        "runs chunks of many prompts together",
+        "packed-prefill": "packed rows hold several prompts; Engine runs chunks of "
+        "many prompts together",
     }
 
     chunk: int = option(256, "tokens that run at once", "tokens")

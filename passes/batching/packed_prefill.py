@@ -70,8 +70,8 @@ class PackedPrefill(Pass):
     never_after: ClassVar[Mapping[str, str]] = {
         "sparse-attention": "its lists are for rows with their padding",
         "token-drop": "packed rows have no order in which tokens could be fewer",
-        "chunked-prefill": "a chunk's rows are of one length; `graphopt.runtime.Engine` "
-        "runs chunks of many prompts together",
+        "chunked-prefill": "a chunk's rows are of one length; Engine runs chunks of "
+        "many prompts together",
     }
 
     mode: Literal["flat", "bins"] = option(

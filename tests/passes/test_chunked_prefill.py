@@ -39,7 +39,7 @@ def assert_same(got, want, mask=None):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
 @torch.no_grad()
 def test_equals_the_whole_prompt(name):
     whole, chunked, remark = both(name, CONFIG)
@@ -116,10 +116,9 @@ def test_one_compilation_of_the_body():
     assert len(graphopt.last_reports()) == before + 1
 
 
-@pytest.mark.parametrize("sink", [2, 4])
 @torch.no_grad()
-def test_sparse_attention_in_the_body(sink):
-    sparse = f"sparse-attention{{sink={sink},window=6,force=true}}"
+def test_sparse_attention_in_the_body():
+    sparse = "sparse-attention{sink=4,window=6,force=true}"
     whole = both("llama", sparse)[1]
     assert_same(both("llama", f"{CONFIG},{sparse}")[1], whole)
 

@@ -20,7 +20,6 @@ CASES = [
     ("mistral", "right", FLAT),
     ("gemma2", "left", BINS),
     ("gpt2", "left", FLAT),
-    ("gpt_neox", "right", BINS),
     ("bert", "right", FLAT),
 ]
 LENGTHS = [1, 24, 9, 17]
@@ -60,7 +59,7 @@ def test_equals_the_padded_run(name, side, config):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "paged"), [("llama", True), ("gemma3", False)])
+@pytest.mark.parametrize(("name", "paged"), [("gemma3", True)])
 @torch.no_grad()
 def test_generates_the_same_tokens(name, paged):
     model, inputs = TINY[name](), batch()

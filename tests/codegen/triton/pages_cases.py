@@ -38,7 +38,7 @@ class Case:
     layout: str = "dense"
     pages: int = 9
     extremes: bool = True
-    steps: tuple[int, ...] = (300, 1, 1, 90, 1)
+    steps: tuple[int, ...] = (260, 1, 1, 70, 1)
 
     def __str__(self) -> str:
         default = Case()
@@ -72,7 +72,7 @@ FACTORS: dict[str, Sequence[Any]] = {
 
 SINGLE = [
     Case(group=17, dims=(16, 8)),
-    Case(pages=40, steps=(2400, 1), budget=12, masked="random"),
+    Case(pages=30, steps=(1700, 1), budget=12, masked="random"),
     # More slots of a ring than pages of the table, and a ring that holds all tokens.
     Case(pages=2, rings=(0,), steps=(100, 1), budget=2),
     Case(steps=(1, 1, 70, 200, 64, 1), kind="int4", dtype=torch.float16),

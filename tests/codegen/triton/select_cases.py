@@ -72,7 +72,7 @@ FACTORS: dict[str, Sequence[Any]] = {
     "group": (1, 4),
     "kv_heads": (1, 2),
     "queries": (1, 17, 63, 64, 65, 200),
-    "past": (0, 40, 900),
+    "past": (0, 40, 500),
     "batch": (1, 2),
     "softcap": (0.0, 5.0),
     "key_mask": ("none", "left", "right", "holes", "nothing"),

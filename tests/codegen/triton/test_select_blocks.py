@@ -66,7 +66,7 @@ def check_part(*arguments):
         check(*arguments)
 
 
-@pytest.mark.parametrize("dim", [16, 72])
+@pytest.mark.parametrize("dim", [16, 24])
 def test_a_map_in_parts_gives_the_same_lists(interpreter, dim):
     interpreter.submit(check_part, CASES[4], "cpu", dim).result()
     interpreter.submit(check_part, CASES[6], "cpu", dim).result()
@@ -170,8 +170,17 @@ def test_estimates_compile_without_spills(target, dtype, dim, stride, softcap):
     assert compiled.has_wgmma == (target.name == "sm_90" and not single)
 
 
-@pytest.mark.parametrize("target", GPUS, ids=lambda target: target.name)
-@pytest.mark.parametrize("choice", CHOICES)
+# The costlier choice for one target of each maker, the other for all.
+@pytest.mark.parametrize(
+    ("choice", "target"),
+    [
+        (choice, target)
+        for choice in CHOICES
+        for target in GPUS
+        if choice != "mass" or target.name in ("sm_90", "gfx942")
+    ],
+    ids=lambda given: str(getattr(given, "name", given)),
+)
 def test_compiles_for_every_target(target, choice):
     """128 thousand tokens without spills; two millions fit into shared memory."""
     narrow, wide = (compile_blocks(choice, target, n) for n in (1024, 16384))

@@ -93,15 +93,18 @@ def test_on_the_device(case):
     check(case, "cuda")
 
 
-@pytest.mark.parametrize("block", [0, 64, 128])
 @pytest.mark.parametrize(
-    ("target", "dim", "dtype"),
+    ("target", "dim", "dtype", "block"),
     [
-        ("sm_80", 64, torch.float16),
-        ("sm_90", 128, torch.bfloat16),
-        ("sm_90", 64, torch.float32),
-        ("sm_100", 256, torch.bfloat16),
-        ("gfx942", 128, torch.float16),
+        ("sm_80", 64, torch.float16, 0),
+        ("sm_80", 64, torch.float16, 128),
+        ("sm_90", 128, torch.bfloat16, 64),
+        ("sm_90", 128, torch.bfloat16, 128),
+        ("sm_90", 64, torch.float32, 0),
+        ("sm_90", 64, torch.float32, 64),
+        ("sm_100", 256, torch.bfloat16, 128),
+        ("gfx942", 128, torch.float16, 0),
+        ("gfx942", 128, torch.float16, 128),
     ],
 )
 def test_compiles_without_spills(target, dim, dtype, block):
