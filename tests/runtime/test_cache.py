@@ -44,8 +44,11 @@ def test_same_tokens_as_dynamic_cache(name, how):
     assert cache.get_seq_length() == 139
 
 
-@pytest.mark.parametrize("config", ["", "page-selection"])
-@pytest.mark.parametrize("how", [GREEDY, BEAMS], ids=["greedy", "beam"])
+@pytest.mark.parametrize(
+    ("config", "how"),
+    [("", GREEDY), ("", BEAMS), ("page-selection", GREEDY)],
+    ids=["greedy", "beam", "page-selection"],
+)
 def test_compiled(config, how):
     """By Inductor once; writes to pages are functionalised in all."""
     model, ids, mask = TINY["llama"](), token_ids(2, 70), padding_mask([31, 70], 70)

@@ -71,7 +71,7 @@ FACTORS: dict[str, Sequence[Any]] = {
     "dim": (64, 72, 96, 256),
     "group": (1, 4),
     "kv_heads": (1, 2),
-    "queries": (1, 17, 63, 64, 65, 200),
+    "queries": (1, 17, 64, 65),
     "past": (0, 40, 500),
     "batch": (1, 2),
     "softcap": (0.0, 5.0),
