@@ -18,8 +18,7 @@ from graphopt.codegen.cpp.kernel import (
     supports,
     table,
 )
-from graphopt.codegen.predicates import KeyRun, intervals, key_runs, predicate
-from graphopt.codegen.printers import to_cpp
+from graphopt.codegen.cpp.pattern import pattern_text
 
 _KEY_BLOCK, _ROW_BLOCK = 256, 192
 
@@ -27,29 +26,12 @@ _KEY_BLOCK, _ROW_BLOCK = 256, 192
 @cache
 def emit(pattern: str) -> str:
     """Return the C++ source of the kernel for ``pattern``."""
-    pred = predicate(pattern)
-    runs = key_runs(pred)
     parts = {
-        "PATTERN": pattern,
-        "PREDICATE": to_cpp(pred.expr),
         "ROWS": rows_text(_KEY_BLOCK, _ROW_BLOCK),
-        "RUN_COUNT": str(len(runs)),
-        "RUNS": "\n".join(_print_run(i, run) for i, run in enumerate(runs)),
-        "VISIBLE": "\n".join(_print_visible(i) for i in intervals(pred)),
+        "KEYS": pattern_text(pattern),
+        "PATTERN": pattern,
     }
     return fill("attention.cpp.in", parts)
-
-
-def _print_run(index: int, run: KeyRun) -> str:
-    bounds = (run.begin, run.end, run.full_begin, run.full_end)
-    values = ", ".join("kv_len" if b is None else to_cpp(b) for b in bounds)
-    return f"  runs[{index}] = {{{values}}};"
-
-
-def _print_visible(interval: Any) -> str:
-    lower = "0" if interval.lower is None else to_cpp(interval.lower)
-    upper = "kv_len" if interval.upper is None else to_cpp(interval.upper)
-    return f"  visible({lower}, {upper});"
 
 
 class _PackedArguments(ctypes.Structure):

@@ -24,9 +24,8 @@ from graphopt.codegen.cpp.pages import (
     page_set,
     pages_text,
 )
+from graphopt.codegen.cpp.pattern import pattern_text
 from graphopt.codegen.pages import PAGE, width
-from graphopt.codegen.predicates import KeyRun, intervals, key_runs, predicate
-from graphopt.codegen.printers import to_cpp
 
 _KEY_BLOCK, _ROW_BLOCK = 4 * PAGE, 192
 
@@ -53,32 +52,6 @@ def emit(pattern: str) -> str:
         "PATTERN": pattern,
     }
     return fill("ragged.cpp.in", parts)
-
-
-def pattern_text(pattern: str) -> str:
-    """Return the part of a kernel that knows which keys ``pattern`` lets in."""
-    pred = predicate(pattern)
-    runs = key_runs(pred)
-    parts = {
-        "PATTERN": pattern,
-        "PREDICATE": to_cpp(pred.expr),
-        "RUN_COUNT": str(len(runs)),
-        "RUNS": "\n".join(_print_run(i, run) for i, run in enumerate(runs)),
-        "VISIBLE": "\n".join(_print_visible(i) for i in intervals(pred)),
-    }
-    return fill("pattern.cpp.in", parts)
-
-
-def _print_run(index: int, run: KeyRun) -> str:
-    bounds = (run.begin, run.end, run.full_begin, run.full_end)
-    values = ", ".join("kv_len" if b is None else to_cpp(b) for b in bounds)
-    return f"  runs[{index}] = {{{values}}};"
-
-
-def _print_visible(interval: Any) -> str:
-    lower = "0" if interval.lower is None else to_cpp(interval.lower)
-    upper = "kv_len" if interval.upper is None else to_cpp(interval.upper)
-    return f"  visible({lower}, {upper});"
 
 
 @cache

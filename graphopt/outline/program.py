@@ -115,8 +115,9 @@ def _compile_kind(
     fresh = FreshSizes(examples)
     with isolated_tracing(fresh.mode):
         code = compile_one(piece.module, fresh.inputs)
-    by_data = [g for g in fresh.guards() if any(map(is_data_symbol, g.free_symbols))]
-    guards = [guard for guard in fresh.guards() if guard not in by_data]
+    found = fresh.guards()
+    by_data = [g for g in found if any(map(is_data_symbol, g.free_symbols))]
+    guards = [guard for guard in found if guard not in by_data]
     for guard in guards:
         environment.evaluate_expr(guard)
     return _checked(code, by_data, examples), guards

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from graphopt.errors import PassError
 from graphopt.ir.attention.site import AttentionSite
+from graphopt.ir.casts import skip_casts
 from graphopt.ir.copying import copy_graph
-from graphopt.ir.match import op_name, same_size, shape_of, size_expr
+from graphopt.ir.match import same_size, shape_of, size_expr
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.tokens.pack import Packing, pack_tokens
 from graphopt.passes.base import Pass, PassContext, PassResult, option
@@ -127,13 +128,13 @@ def _site_refusal(site: AttentionSite, first: AttentionSite) -> tuple[str, str] 
         return "attention", f"{name} runs on the pattern '{site.pattern}' already"
     if site.key_mask is None:
         return "no-padding", f"no mask tells which keys of {name} are padding"
-    if _given(site.key_mask) is not _given(first.key_mask):
+    if not _same_mask(site, first):
         return "masks", f"{name} and attention[0] hide keys by different masks"
     return None
 
 
-def _given(mask: Any) -> Any:
-    """Return what a mask was cast from: layers of several kinds cast it anew."""
-    while op_name(mask) == "to":
-        mask = mask.args[0]
-    return mask
+def _same_mask(site: AttentionSite, first: AttentionSite) -> bool:
+    """Layers of several kinds cast the caller's mask anew."""
+    masks = (site.key_mask, first.key_mask)
+    one, other = (None if m is None else skip_casts(m) for m in masks)
+    return one is other

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt.ir.attention.site import AttentionSite
+from graphopt.ir.casts import skip_casts
 from graphopt.ir.dce import eliminate_dead_code
-from graphopt.ir.match import op_name, shape_of, value_of
+from graphopt.ir.match import shape_of, value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import call, key_mask_of, substitute
 from graphopt.ir.tokens.drop import crossing_tokens, scale_of
@@ -100,9 +100,7 @@ def _on_device(graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
 
 def _on_host(graph: fx.Graph, mask: fx.Node) -> fx.Node:
     """Return the mask as the host gave it, where it did: no need to wait for a GPU."""
-    source: Any = mask
-    while op_name(source) == "to":
-        source = source.args[0]
+    source = skip_casts(mask)
     moved = shape_of(source) == shape_of(mask)
     if moved and value_of(source).device != value_of(mask).device:
         return insert(graph, "ne", source, 0)
