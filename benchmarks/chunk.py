@@ -5,7 +5,8 @@ the last token: whole under compiled Inductor against `chunked-prefill`. Seconds
 from one process, turn by turn; each peak from a process of its own, above what was
 resident before the run and after a short one, so that no freed memory hides it.
 ``activation_ratio`` leaves out the keys and values, which both return. ``compiles`` are
-those of graphopt for prompts of five lengths.
+those of graphopt for prompts of five lengths. The side ``256 onednn`` has
+`onednn-linear` behind the chunks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from graphopt.backend import last_reports
 from graphopt.models import load
 from graphopt.texts import language_reference
 
-CHUNKS = (256, 512, 1024)
+CHUNKS = ("256", "256 onednn", "512", "1024")
 WARM = 300  # tokens of the run that compiles
 LENGTHS = (300, 777, 1000, 2048, 3001)  # compiled once
 
@@ -32,17 +33,17 @@ def main(quick: bool = False) -> dict[str, Any]:
     """Measure both; see the module for what is compared."""
     tokens = 1024 if quick else 8192
     lengths = tuple(n for n in LENGTHS if n <= tokens)
-    names = ("whole", *CHUNKS[: 1 if quick else None])
+    names = ("whole", *CHUNKS[: 2 if quick else None])
     model, ids = _loaded(tokens)
-    sides = {str(name): _side(model, name) for name in names}
+    sides = {name: _side(model, name) for name in names}
     reports = len(last_reports())
     for length in lengths:
-        sides[str(names[1])](ids[:, :length])
+        sides[names[1]](ids[:, :length])
     compiles = len(last_reports()) - reports
     runs = {name: partial(side, ids) for name, side in sides.items()}
     logits = {name: run() for name, run in runs.items()}
     found = compare(runs, runs=1 if quick else 2, warm=0)
-    peaks = {str(name): alone(_peak, name, tokens) for name in names}
+    peaks = {name: alone(_peak, name, tokens) for name in names}
     cache_mb = _cache_mb(model, tokens)
     rows = [
         {
@@ -69,11 +70,13 @@ def _loaded(tokens: int) -> tuple[Any, torch.Tensor]:
     return loaded.model, ids.input_ids[:, :tokens]
 
 
-def _side(model: Any, name: str | int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _side(model: Any, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     if name == "whole":
         compiled = torch.compile(model, dynamic=True)
     else:
-        options = {"config": f"chunked-prefill{{chunk={name}}}"}
+        chunk, *onednn = name.split()
+        config = f"chunked-prefill{{chunk={chunk}}}"
+        options = {"config": f"{config},onednn-linear" if onednn else config}
         compiled = torch.compile(
             model, backend="graphopt", dynamic=True, options=options
         )
@@ -86,7 +89,7 @@ def _prefill(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _peak(name: str | int, tokens: int) -> float:
+def _peak(name: str, tokens: int) -> float:
     model, ids = _loaded(tokens)
     side, peaks = _side(model, name), dict[str, float]()
     side(ids[:, :WARM])
@@ -106,15 +109,16 @@ def _distance(want: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def _summary(rows: list[dict[str, Any]], compiles: int) -> dict[str, Any]:
-    whole, chunked = rows[0], rows[1]
+    whole, chunked, onednn = rows[:3]
 
-    def ratio(key: str) -> float:
-        return round(chunked[key] / whole[key], 3)
+    def ratio(key: str, side: dict[str, Any] = chunked) -> float:
+        return round(side[key] / whole[key], 3)
 
     return {
         "memory_ratio": ratio("peak_mb"),
         "activation_ratio": ratio("beyond_cache_mb"),
         "time_ratio": ratio("seconds"),
+        "time_ratio_onednn": ratio("seconds", onednn),
         "compiles": compiles,
     }
 

@@ -1,4 +1,6 @@
-"""Fold a module's float attributes into the graph as literals.
+"""What of a graph stays the same from call to call.
+
+A module's float attributes are folded into the graph as literals.
 
 Under ``dynamic=True`` Dynamo passes each float attribute (a norm's epsilon, an
 attention's scale) as a zero-dimensional float64 input followed by ``.item()``. As
@@ -13,6 +15,8 @@ from torch import SymFloat, fx
 from torch.fx.node import Argument
 
 from graphopt._compat import placeholder_source, specialize_float
+
+_PARAMETER_PARTS = ("_parameters[", "_buffers[", "_modules[")
 
 
 def fold_float_attributes(gm: fx.GraphModule) -> int:
@@ -53,3 +57,13 @@ def is_float_input(node: fx.Node) -> bool:
     value = node.meta.get("example_value")
     is_scalar = isinstance(value, torch.Tensor) and value.dim() == 0
     return is_scalar and placeholder_source(node).startswith("L['self']")
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Tell whether a node is a parameter or buffer of the module, given or held."""
+    if node.op == "get_attr":
+        return True
+    source = placeholder_source(node)
+    held = any(part in source for part in _PARAMETER_PARTS)
+    is_one = isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+    return node.op == "placeholder" and (held or is_one)

@@ -4,6 +4,7 @@ from graphopt.ops.append_rows import append_rows
 from graphopt.ops.attention import attention
 from graphopt.ops.block_list import BlockList
 from graphopt.ops.block_selection import select_blocks
+from graphopt.ops.onednn_linear import onednn_linear
 from graphopt.ops.packed import packed_attention
 from graphopt.ops.reference import attention_reference
 from graphopt.ops.selection import select_vertical_slash
@@ -19,6 +20,7 @@ __all__ = [
     "attention",
     "attention_reference",
     "keep_tokens",
+    "onednn_linear",
     "packed_attention",
     "select_blocks",
     "select_vertical_slash",

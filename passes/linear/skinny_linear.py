@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from graphopt.ir.match import op_name, value_of
+from graphopt.ir.match import value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import call, substitute
 from graphopt.ir.sites.linear import LinearSite
@@ -72,7 +70,7 @@ class SkinnyLinear(Pass):
         name = f"linear[{index}]"
         if refusal := self._refusal(site, context):
             return missed(name, *refusal)
-        rows = _rows(site)
+        rows = site.rows
         graph = model.gm.graph
         with graph.inserting_before(site.node):
             args = (site.input, site.weight, site.bias)
@@ -84,11 +82,11 @@ class SkinnyLinear(Pass):
         self, site: LinearSite, context: PassContext
     ) -> tuple[str, str] | None:
         source, weight = value_of(site.input), value_of(site.weight)
-        if op_name(site.node) == "graphopt.skinny_linear":
-            return "done", "the linear is dot products already"
-        if reason := _unsupported(site):
+        if site.done:
+            return "done", "another pass has rewritten the linear"
+        if reason := site.unsupported():
             return "unsupported", reason
-        rows = _rows(site)
+        rows = site.rows
         if not isinstance(rows, int):
             return "many-rows", f"their number, {rows}, changes between calls"
         if rows > self.rows:
@@ -102,25 +100,3 @@ class SkinnyLinear(Pass):
         if rows > _MOST_ROWS.get(source.dtype, 0):
             return "slower", f"{rows} row(s) of {source.dtype} are BLAS's to multiply"
         return None
-
-
-def _rows(site: LinearSite) -> Any:
-    """Return the number of rows: int, or SymInt where it changes."""
-    rows = prod(value_of(site.input).shape[:-1])  # numel() would fix the sizes
-    known = rows.node.maybe_as_int() if isinstance(rows, torch.SymInt) else rows
-    return rows if known is None else known
-
-
-def _unsupported(site: LinearSite) -> str:
-    values = [
-        value_of(n) for n in (site.input, site.weight, site.bias) if n is not None
-    ]
-    if any(not isinstance(v, torch.Tensor) for v in values):
-        return "an operand is no tensor"
-    if any(is_traceable_wrapper_subclass(v) for v in values):
-        return "an operand is a tensor of another kind (sharded, quantised)"
-    if len({v.dtype for v in (*values, value_of(site.node))}) > 1:
-        return "operands and result differ in dtype (autocast)"
-    if not values[0].is_floating_point() or values[1].ndim != 2:
-        return "it is no product of a matrix of floats"
-    return ""

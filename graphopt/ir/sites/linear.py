@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from graphopt.ir.match import argument, op_name, shape_of
+from graphopt.ir.match import argument, op_name, shape_of, value_of
 
+# What passes make of a linear; each takes (input, weight, bias).
+REWRITTEN = ("graphopt.skinny_linear", "graphopt.onednn_linear")
 _TRANSPOSES = ("getattr", "t", "transpose")
 
 
@@ -24,6 +29,32 @@ class LinearSite:
     weight: fx.Node
     bias: fx.Node | None
     transposed: bool
+
+    @property
+    def rows(self) -> Any:
+        """Return the number of rows: int, or SymInt where it changes."""
+        rows = prod(value_of(self.input).shape[:-1])  # numel() would fix the sizes
+        known = rows.node.maybe_as_int() if isinstance(rows, torch.SymInt) else rows
+        return rows if known is None else known
+
+    @property
+    def done(self) -> bool:
+        """Tell whether a pass has rewritten the linear."""
+        return op_name(self.node) in REWRITTEN
+
+    def unsupported(self) -> str:
+        """Say why this is no plain product of floats; nothing where it is one."""
+        nodes = (self.input, self.weight, self.bias)
+        values = [value_of(n) for n in nodes if n is not None]
+        if any(not isinstance(v, torch.Tensor) for v in values):
+            return "an operand is no tensor"
+        if any(is_traceable_wrapper_subclass(v) for v in values):
+            return "an operand is a tensor of another kind (sharded, quantised)"
+        if len({v.dtype for v in (*values, value_of(self.node))}) > 1:
+            return "operands and result differ in dtype (autocast)"
+        if not values[0].is_floating_point() or values[1].ndim != 2:
+            return "it is no product of a matrix of floats"
+        return ""
 
 
 def find_linears(gm: fx.GraphModule) -> list[LinearSite]:
@@ -45,7 +76,7 @@ def is_linear(node: fx.Node) -> bool:
     name = op_name(node)
     if name == "matmul":
         return _is_weight(node.args[1])
-    spelt = name in ("linear", "graphopt.skinny_linear")
+    spelt = name == "linear" or name in REWRITTEN
     return spelt or (name == "addmm" and len(node.args) == 3)
 
 

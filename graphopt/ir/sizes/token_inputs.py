@@ -6,10 +6,9 @@ import torch
 from torch import fx
 
 from graphopt import _compat
+from graphopt.ir.constants import is_parameter
 from graphopt.ir.match import argument, op_name, value_of
 from graphopt.ir.sizes.slots import TOKENS, LiteralReadings, Reading
-
-_PARAMETER_PARTS = ("_parameters[", "_buffers[", "_modules[")
 
 
 class TokenInputs:
@@ -26,7 +25,7 @@ class TokenInputs:
             for node in gm.graph.find_nodes(op="placeholder")
             if isinstance(value_of(node), torch.Tensor)
         ]
-        self.fixed = {node for node in tensors if _is_parameter(node)}
+        self.fixed = {node for node in tensors if is_parameter(node)}
         caches = {n: c for n in tensors if (c := _cached_length(n)) is not None}
         self.fixed |= set(caches)
         self.cached = sorted(set(caches.values()))
@@ -79,12 +78,6 @@ class TokenInputs:
             wanted = TOKENS + past
             return tuple(r for r in literals.of(size) if r.expr == wanted)
         return literals.of(size)
-
-
-def _is_parameter(node: fx.Node) -> bool:
-    source = _compat.placeholder_source(node)
-    held = any(part in source for part in _PARAMETER_PARTS)
-    return held or isinstance(value_of(node), torch.nn.Parameter)
 
 
 def _cached_length(node: fx.Node) -> int | None:
