@@ -17,6 +17,7 @@ _BUILT_IN = {
     "ragged-batch": "graphopt.passes.batching.ragged_batch:RaggedBatch",
     "packed-prefill": "graphopt.passes.batching.packed_prefill:PackedPrefill",
     "token-drop": "graphopt.passes.tokens.token_drop:TokenDrop",
+    "neuron-mask": "graphopt.passes.ffn.neuron_mask:NeuronMask",
     "onednn-linear": "graphopt.passes.linear.onednn_linear:OneDnnLinear",
     "skinny-linear": "graphopt.passes.linear.skinny_linear:SkinnyLinear",
     "sparse-attention": "graphopt.passes.attention.sparse_attention:SparseAttention",

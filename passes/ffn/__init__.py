@@ -1,0 +1,1 @@
+"""Passes that compute only some neurons of the feed-forward networks."""

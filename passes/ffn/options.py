@@ -1,0 +1,92 @@
+"""The options of `neuron-mask`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from graphopt.passes.base import Pass, option
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+# Of 32 layers CoreInfer leaves the first six and the last five dense.
+_FIRST, _END, _OF = 6, 27, 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeuronOptions(Pass):
+    """Which neurons of which layers a pass leaves out, and how they are told."""
+
+    method: Literal["core", "teal", "cats"] = option(
+        "core",
+        "core: the prompt's own neurons, for all decoding; teal, cats: what each "
+        "token hardly uses",
+    )
+    layers: list[int] | None = option(
+        None, "layers whose FFN is rewritten; the middle ones when left out"
+    )
+
+    keep: Share = option(0.4, "core: share of a layer's neurons that decoding computes")
+    token_ratio: Share = option(
+        0.2, "core: share of a token's active neurons that count as its own"
+    )
+    criterion: Literal["signed", "abs"] = option(
+        "signed", "core: active is what is over zero, or what is not zero"
+    )
+    mode: Literal["stability", "similarity"] = option(
+        "stability", "core: the prompt's own neurons, or those of the nearest cluster"
+    )
+    clusters: str | None = option(
+        None, "similarity: what `graphopt cluster` wrote (.safetensors)", "file"
+    )
+    rows: Literal["union", "each"] = option(
+        "union", "core: one choice for all rows of a batch, or one for each"
+    )
+    min_tokens: Annotated[int, Field(ge=0)] | None = option(
+        None,
+        "core: shorter prompts stay dense; 200 when left out, 0 with clusters",
+        "tokens",
+    )
+    refresh: Annotated[int, Field(ge=2)] | None = option(
+        None,
+        "core: every so many tokens one runs densely, is counted as so many, and the "
+        "neurons are chosen again; never when left out",
+        "tokens",
+    )
+
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = option(
+        0.5, "teal, cats: share of the inputs that are left out, without thresholds"
+    )
+    thresholds: str | None = option(
+        None, "teal, cats: what `graphopt calibrate` wrote", "file"
+    )
+
+    @model_validator(mode="after")
+    def _belong(self) -> Self:
+        """Options of another method or mode are an error of the config."""
+        if (self.mode == "similarity") != (self.clusters is not None):
+            raise ValueError(
+                "mode = 'similarity' and clusters = FILE belong together; "
+                "`graphopt cluster` writes the file"
+            )
+        return self
+
+    @property
+    def shortest(self) -> int:
+        """Return the tokens of the shortest prompt that is not left dense."""
+        if self.min_tokens is not None:
+            return self.min_tokens
+        return 200 if self.mode == "stability" else 0
+
+    def wanted_layers(self, count: int) -> tuple[int, ...]:
+        """Return the layers that a model of ``count`` has of those asked for."""
+        if self.layers is None:
+            return middle_layers(count)
+        return tuple(index for index in self.layers if index < count)
+
+
+def middle_layers(count: int) -> tuple[int, ...]:
+    """Return CoreInfer's layers 6 to 26 of 32, rescaled to ``count`` layers."""
+    return tuple(range(-(-_FIRST * count // _OF), _END * count // _OF))
