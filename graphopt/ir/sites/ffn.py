@@ -47,6 +47,8 @@ def _ending_in(down: fx.Node) -> FfnSite | None:
     if inner is None:
         return None
     neurons = (shape_of(inner) or (None,))[-1]
+    if op_name(inner) == "graphopt.sparse_up":
+        return _skipping(inner, down, neurons)
     if op_name(inner) == "mul":
         return _gated(inner, down, neurons) or _plain(inner, down, neurons)
     return _plain(inner, down, neurons)
@@ -61,6 +63,15 @@ def _gated(product: fx.Node, down: fx.Node, neurons: Any) -> FfnSite | None:
         if gate is not None and up is not None:
             return FfnSite("gated", op_name(act), up, down, gate, neurons)
     return None
+
+
+def _skipping(up: fx.Node, down: fx.Node, neurons: Any) -> FfnSite | None:
+    """Gate times up in one operator: (input, weight, bias, gate, threshold)."""
+    act = _through(up.args[3])
+    gate = None if act is None else _linear_before(act.args[0])
+    if act is None or gate is None:
+        return None
+    return FfnSite("gated", op_name(act), up, down, gate, neurons)
 
 
 def _plain(inner: fx.Node, down: fx.Node, neurons: Any) -> FfnSite | None:
