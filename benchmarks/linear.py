@@ -1,8 +1,13 @@
-"""At what rate do linears over few rows read their weights?
+"""How fast are linears over few rows, and over many in int8?
 
-BLAS (``F.linear``) against the dot products of `skinny-linear`, compiled by Inductor,
+Few rows: BLAS (``F.linear``) against the dot products of `skinny-linear`, compiled by Inductor,
 over enough matrices that none stays in a cache; GB/s counts every weight once. Sizes
 are those of FFNs of 135 M to 8 B parameters, [N, K].
+
+Many rows: ``F.linear`` in float32 against `shadow-outlier` (codes made by Inductor, the
+int8 product, the shadow of four channels), the same without outliers, a scale a token,
+and `onednn-linear` in float32, over the linears of a SmolLM2 layer; the speedup is that
+of all seven linears together.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness import compare, keep
+from benchmarks.int8_linear import MANY, int8_rows, int8_summary
 from graphopt.ops import skinny_linear
 
 SHAPES = ((1536, 576), (576, 1536), (3072, 768), (8192, 2048), (2048, 8192))
@@ -30,7 +36,9 @@ def main(quick: bool = False) -> dict[str, Any]:
         for shape in shapes
         for count in rows_of
     ]
-    return keep("linear", rows, _summary(rows), quick=quick)
+    many = int8_rows((16,) if quick else MANY)
+    summary = {**_summary(rows), **int8_summary(many)}
+    return keep("linear", [*rows, *many], summary, quick=quick)
 
 
 @torch.no_grad()

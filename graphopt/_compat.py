@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,18 @@ def compile_fx(
         patches = {"assert_indirect_indexing": False, **patches}
     compiled: Any = inductor(gm, example_inputs, config_patches=patches or None)
     return cast("Callable[..., Any]", compiled)
+
+
+def any_number_of_threads() -> AbstractContextManager[Any]:
+    """Return a context in which Inductor's C++ asks how many threads it may take.
+
+    Else it takes as many as torch had when it was compiled, whichever thread runs it.
+    """
+    from torch._inductor import config
+
+    return cast(
+        "AbstractContextManager[Any]", config.patch({"cpp.dynamic_threads": True})
+    )
 
 
 def inductor_mode(mode: str, dynamic: bool | None) -> dict[str, Any]:
@@ -173,8 +185,8 @@ def is_fake(value: object) -> bool:
 
 def placeholder_source(node: fx.Node) -> str:
     """Return Dynamo's name of what a graph input is, such as ``L['self'].scale``."""
-    argument = node.meta.get("grapharg")
-    source = getattr(argument, "source", None)
+    argument = node.meta.get("grapharg")  # until Dynamo has compiled
+    source = getattr(argument, "source", None) or getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)
 

@@ -14,11 +14,13 @@ _BUILT_IN = {
     "structured-mask": "graphopt.passes.attention.structured_mask:StructuredMask",
     "page-selection": "graphopt.passes.attention.page_selection:PageSelection",
     "chunked-prefill": "graphopt.passes.batching.chunked_prefill:ChunkedPrefill",
+    "schedule": "graphopt.passes.batching.schedule:Schedule",
     "ragged-batch": "graphopt.passes.batching.ragged_batch:RaggedBatch",
     "packed-prefill": "graphopt.passes.batching.packed_prefill:PackedPrefill",
     "token-drop": "graphopt.passes.tokens.token_drop:TokenDrop",
     "neuron-mask": "graphopt.passes.ffn.neuron_mask:NeuronMask",
     "onednn-linear": "graphopt.passes.linear.onednn_linear:OneDnnLinear",
+    "shadow-outlier": "graphopt.passes.linear.shadow_outlier:ShadowOutlier",
     "skinny-linear": "graphopt.passes.linear.skinny_linear:SkinnyLinear",
     "sparse-attention": "graphopt.passes.attention.sparse_attention:SparseAttention",
 }

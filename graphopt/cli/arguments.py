@@ -9,6 +9,8 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from graphopt.models import LoadedModel
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -46,3 +48,16 @@ def dtype_of(name: str) -> torch.dtype:
         raise ConfigError(f"--dtype {name}: unknown{did_you_mean(name, names)}")
     found: torch.dtype = getattr(torch, name)
     return found
+
+
+def load_with_text(model: str, dtype: str) -> LoadedModel:
+    """Load a model that is to read text; ConfigError for one without a tokenizer."""
+    from graphopt.errors import ConfigError
+
+    wanted = dtype_of(dtype)
+    from graphopt.models import load
+
+    loaded = load(model, wanted)
+    if loaded.tokenizer is None:
+        raise ConfigError(f"{model}: no tokenizer beside the model, so no text to read")
+    return loaded

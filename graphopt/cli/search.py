@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from graphopt.cli.arguments import Dtype, Json, Model, dtype_of
+from graphopt.cli.arguments import Dtype, Json, Model, load_with_text
 from graphopt.cli.output import print_json, print_table
+from graphopt.cli.progress import progress_bar
 from graphopt.errors import ConfigError
 
 if TYPE_CHECKING:
     from graphopt.search.job import Found
-
-Say = Callable[[str, int, int], None]
 
 
 def search(
@@ -87,7 +74,7 @@ def search(
     path = Path(out or ("gates.tsv" if gates else "heads.toml"))
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--out {path}: there is no folder {path.parent}")
-    loaded = _load(model, dtype)
+    loaded = load_with_text(model, dtype)
     if gates:
         sizes_of_training = {"steps": steps, "context": context, "batch": batch}
         _train(loaded, source, path, {**sizes_of_training, "seed": seed}, as_json)
@@ -95,19 +82,9 @@ def search(
     words = ["graphopt", "search", model, *(["--text", text] if text else [])]
     command = shlex.join([*words, "--tokens", str(tokens), "--seed", str(seed)])
     job = HeadJob(command, source, tokens, seed, budget, sizes, dtype)
-    with _bar() as say:
+    with progress_bar() as say:
         found = find_heads(loaded, job, path, say)
     _print(path, found, as_json)
-
-
-def _load(model: str, dtype: str) -> Any:
-    wanted = dtype_of(dtype)
-    from graphopt.models import load
-
-    loaded = load(model, wanted)
-    if loaded.tokenizer is None:
-        raise ConfigError(f"{model}: no tokenizer beside the model, so no text to read")
-    return loaded
 
 
 def _train(
@@ -115,7 +92,7 @@ def _train(
 ) -> None:
     from graphopt.search.gates import GateSettings, find_gates
 
-    with _bar() as say:
+    with progress_bar() as say:
         gates, losses = find_gates(loaded, source, GateSettings(**sizes), path, say)
     facts = {
         "table": str(path),
@@ -146,21 +123,3 @@ def _print(path: Path, found: Found, as_json: bool) -> None:
     print_table(f"written: {path}", columns, rows)
     if found.left_out:
         print_table("left out", ("pattern", "reason"), found.left_out.items())
-
-
-@contextmanager
-def _bar() -> Iterator[Say]:
-    """Show a bar on stderr, or a line a step where that is no terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda what, done, of: print(
-            f"{what} ({done + 1} of {of})", file=sys.stderr, flush=True
-        )
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=console, transient=True) as bar:
-        task = bar.add_task("reading", total=None)
-        yield lambda what, done, of: bar.update(
-            task, description=what, completed=done, total=of
-        )

@@ -10,12 +10,15 @@ attribute that changes leads to a new compilation and never to a stale result.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import SymFloat, fx
 from torch.fx.node import Argument
 
 from graphopt._compat import placeholder_source, specialize_float
 
+_PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 _PARAMETER_PARTS = ("_parameters[", "_buffers[", "_modules[")
 
 
@@ -67,3 +70,13 @@ def is_parameter(node: fx.Node) -> bool:
     held = any(part in source for part in _PARAMETER_PARTS)
     is_one = isinstance(node.meta.get("example_value"), torch.nn.Parameter)
     return node.op == "placeholder" and (held or is_one)
+
+
+def parameter_name(node: object) -> str:
+    """Return a parameter's name in the compiled module (``layers.0.mlp.up.weight``).
+
+    Empty for a node that is none, or of which Dynamo keeps no source.
+    """
+    if not isinstance(node, fx.Node) or not is_parameter(node):
+        return ""
+    return ".".join(_PART.findall(placeholder_source(node)))

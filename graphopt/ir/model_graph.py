@@ -24,7 +24,7 @@ from graphopt.ir.stream.ends import (
     find_head,
     token_embedding,
 )
-from graphopt.ir.stream.layers import Layer, between
+from graphopt.ir.stream.layers import Layer, between, inside
 from graphopt.ir.stream.residual import ResidualStream, find_residual
 from graphopt.ir.stream.trunk import Trunk
 
@@ -116,6 +116,7 @@ class ModelGraph:
                 streams.get(i),
                 rotary.get(i),
                 caches.get(i),
+                inside(streams.get(i), self.linears, order),
             )
             for i, site in enumerate(self.attention)
         ]

@@ -9,11 +9,10 @@ weight is as large as the weight, and made anew when the weight changes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from graphopt.ops import linear_gradients
 from graphopt.ops.prepared import Prepared
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
@@ -67,26 +66,4 @@ def _(
     return input.new_empty(*input.shape[:-1], outputs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, ctx.bias, ctx.transposed = inputs
-    ctx.save_for_backward(input, weight)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    rows = grad.reshape(-1, grad.shape[-1])
-    found: list[Tensor | None] = [None, None, None, None]
-    if wanted[0]:
-        found[0] = grad @ (weight.t() if ctx.transposed else weight)
-    if wanted[1]:
-        by_output = rows.t() @ input.reshape(-1, input.shape[-1])
-        found[1] = by_output.t() if ctx.transposed else by_output
-    if ctx.bias is not None and wanted[2]:
-        found[2] = rows.sum(0)
-    return tuple(found)
-
-
-torch.library.register_autograd(
-    "graphopt::onednn_linear", _backward, setup_context=_save, lib=_library
-)
+linear_gradients.register("graphopt::onednn_linear", _library, transposed=3)

@@ -25,15 +25,24 @@ class Prepared(Generic[T]):
 
     def __call__(self, parameter: Tensor) -> T:
         """Return what was made of ``parameter`` as it is now."""
-        state = _state(parameter)
-        known = self._store.get(parameter)
-        if known is not None and known[0] == state:
-            found: T = known[1]
-            return found
-        result = self._make(parameter.detach())
-        self.made += 1
-        self._store[parameter] = (state, result)
-        return result
+        found = self.known(parameter)
+        if found is None:
+            found = self._make(parameter.detach())
+            self.made += 1
+            self.keep(parameter, found)
+        return found
+
+    def known(self, parameter: Tensor) -> T | None:
+        """Return what was made of ``parameter`` as it is now; None if nothing was."""
+        held = self._store.get(parameter)
+        if held is None or held[0] != _state(parameter):
+            return None
+        found: T = held[1]
+        return found
+
+    def keep(self, parameter: Tensor, made: T) -> None:
+        """Take ``made`` as what belongs to ``parameter`` as it is now."""
+        self._store[parameter] = (_state(parameter), made)
 
 
 def _state(parameter: Tensor) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ def test_passes():
     listed = {row["name"] for row in facts("passes")}
     attention = {"page-selection", "sparse-attention", "structured-mask"}
     batching = {"chunked-prefill", "packed-prefill", "ragged-batch"}
-    linear = {"onednn-linear", "skinny-linear"}
+    linear = {"onednn-linear", "shadow-outlier", "skinny-linear"}
     assert listed == {*attention, *batching, *linear, "token-drop"}
     text = graphopt("passes", "sparse-attention").stdout
     for part in ("MInference", "window", "1024", "tokens", "Refuses when"):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import fx
 
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.caches.sites import CacheSite
 from graphopt.ir.sites.ffn import FfnSite
+from graphopt.ir.sites.linear import LinearSite
 from graphopt.ir.sites.norms import NormSite
 from graphopt.ir.sites.rotary import RotarySite
 from graphopt.ir.stream.residual import LayerStream
@@ -25,7 +26,8 @@ class Layer:
     """One transformer layer: its attention, and what follows up to the next one's.
 
     ``stream`` is its part of the residual stream; ``rotary`` and ``cache`` belong to
-    its attention. None where the model has none, or where it was not recognised.
+    its attention. None where the model has none, or where it was not recognised;
+    ``linears`` are those between the stream's ends, so none without a stream.
     """
 
     index: int
@@ -35,6 +37,7 @@ class Layer:
     stream: LayerStream | None = None
     rotary: RotarySite | None = None
     cache: CacheSite | None = None
+    linears: tuple[LinearSite, ...] = ()
 
     @property
     def input(self) -> fx.Node | None:
@@ -62,3 +65,13 @@ def between(
         if index >= 0:
             found[index].append(site)
     return [tuple(part) for part in found]
+
+
+def inside(
+    stream: LayerStream | None, linears: Sequence[LinearSite], order: Mapping[Any, int]
+) -> tuple[LinearSite, ...]:
+    """Return the linears between the ends of a layer's stream."""
+    if stream is None:
+        return ()
+    first, last = order[stream.input], order[stream.output]
+    return tuple(x for x in linears if first < order[x.node] <= last)

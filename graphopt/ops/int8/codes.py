@@ -1,0 +1,43 @@
+"""``graphopt::quantize``: activations as int8 codes of one static scale.
+
+``settings`` float32 [2] are the scale and whether what lies beyond the codes' range is
+computed in float (1.0) or lost (0.0). They come from ``graphopt::constants``, so that
+layers that differ in nothing else are the same code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LEAST, MOST = -128, 127
+
+_library = torch.library.Library("graphopt", "FRAGMENT")
+_library.define("constants(float[] values, int width) -> Tensor")
+_library.define("quantize(Tensor input, Tensor settings) -> Tensor")
+
+
+def constants(values: list[float], width: int) -> Tensor:
+    """Return ``values`` as float32 [len(values) / width, width], on the CPU."""
+    return torch.tensor(values, dtype=torch.float32).view(-1, width)
+
+
+torch.library.impl(_library, "constants", "CompositeExplicitAutograd")(constants)
+
+
+@torch.library.register_fake("graphopt::constants", lib=_library)
+def _(values: list[float], width: int) -> Tensor:
+    return torch.empty(len(values) // width, width, dtype=torch.float32)
+
+
+def quantize(input: Tensor, settings: Tensor) -> Tensor:
+    """Return round(input / scale), clipped, as int8 of the shape of ``input``.
+
+    Half to even, as hardware rounds.
+    """
+    scaled = input.float() / settings[0]
+    return scaled.round().clamp(LEAST, MOST).to(torch.int8)
+
+
+# Decomposed wherever it is traced, so that it fuses with what made the activations.
+torch.library.impl(_library, "quantize", "CompositeImplicitAutograd")(quantize)

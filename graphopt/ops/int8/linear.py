@@ -1,0 +1,147 @@
+"""``graphopt::shadow_linear`` and its baselines: linears whose weights are int8 codes.
+
+input [..., K], weight [N, K] ([K, N] where ``transposed``), bias [N] or None; result
+[..., N] in the input's dtype. CPU, float32 sums. The weight is turned into codes at its
+first use, one scale a row; with ``on_file`` the float weight itself then moves to a
+file, from which it is still read where float is asked for, so that memory holds the
+codes alone. Derivatives are those of the float linear (straight-through).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt.codegen.cpp.outliers import outliers as find_outliers
+from graphopt.ops import linear_gradients
+from graphopt.ops.int8.codes import LEAST, MOST
+from graphopt.ops.int8.weights import Int8Weight, on_file
+from graphopt.ops.prepared import Prepared
+
+_library = torch.library.Library("graphopt", "FRAGMENT")
+_library.define(
+    "shadow_linear(Tensor input, Tensor weight, Tensor? bias, Tensor codes, "
+    "Tensor settings, int capacity, int room, bool transposed, bool on_file) -> Tensor"
+)
+_library.define(
+    "int8_linear(Tensor input, Tensor weight, Tensor? bias, bool transposed, "
+    "bool on_file) -> Tensor"
+)
+
+prepared = Prepared(Int8Weight)
+prepared_transposed = Prepared(lambda weight: Int8Weight(weight.t()))
+
+
+def statistics_of(parameter: Tensor) -> dict[str, Any] | None:
+    """Return a weight's counts of shadow columns; None for one that has no codes."""
+    found = prepared.known(parameter) or prepared_transposed.known(parameter)
+    return None if found is None else found.statistics()
+
+
+def _prepare(weight: Tensor, transposed: bool, to_file: bool) -> Int8Weight:
+    store = prepared_transposed if transposed else prepared
+    found = store.known(weight)
+    if found is None:
+        found = store(weight)
+        if to_file:
+            weight.data = on_file(weight)
+            store.keep(weight, found)
+    return found
+
+
+def _product(codes: Tensor, scale: float, held: Int8Weight, bias: Tensor | None) -> Any:
+    wide = None if bias is None else bias.float()
+    sizes = (scale, 0, held.packed, held.scales, held.zeros, wide)
+    return torch.ops.onednn.qlinear_pointwise(
+        codes, *sizes, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def shadow_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    codes: Tensor,
+    settings: Tensor,
+    capacity: int,
+    room: int,
+    transposed: bool,
+    on_file: bool,
+) -> Tensor:
+    """Multiply int8 codes, and in float what lies beyond their range (the shadow).
+
+    ``codes`` and ``settings`` as in `graphopt.ops.int8.codes`. The values beyond are
+    those of few channels, which are multiplied with the weight's float columns (Xu et
+    al. 2025, llm.npu, section 3.3); ``room`` columns of a weight stay in memory. With
+    more than ``capacity`` channels the whole product is made in float.
+    """
+    scale, has_shadow = settings.tolist()
+    held = _prepare(weight, transposed, on_file)
+    result: Tensor = _product(codes, scale, held, bias)
+    if has_shadow and capacity:
+        rows = input.reshape(-1, input.shape[-1])
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        ends = (LEAST * scale, MOST * scale)
+        found, channels, beyond = find_outliers(rows, *ends, capacity)
+        if found > capacity:
+            held.overflows += 1
+            return F.linear(input, weight.t() if transposed else weight, bias)
+        if found:
+            plain = weight.t() if transposed else weight
+            columns = held.columns_of(plain, room, on_file).take(channels)
+            result.view(-1, result.shape[-1]).addmm_(beyond, columns)
+    return result.to(input.dtype)
+
+
+def int8_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    on_file: bool,
+) -> Tensor:
+    """Multiply by int8 codes with one scale a token, found at run time."""
+    held = _prepare(weight, transposed, on_file)
+    wide = input.float()
+    scales = (wide.abs().amax(-1, keepdim=True) / MOST).clamp_min(1e-30)
+    codes = (wide / scales).round_().to(torch.int8)
+    result: Tensor = _product(codes, 1.0, held, None) * scales
+    result = result if bias is None else result + bias
+    return result.to(input.dtype)
+
+
+torch.library.impl(_library, "shadow_linear", "CPU")(shadow_linear)
+torch.library.impl(_library, "int8_linear", "CPU")(int8_linear)
+
+
+@torch.library.register_fake("graphopt::shadow_linear", lib=_library)
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    codes: Tensor,
+    settings: Tensor,
+    capacity: int,
+    room: int,
+    transposed: bool,
+    on_file: bool,
+) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[1 if transposed else 0])
+
+
+@torch.library.register_fake("graphopt::int8_linear", lib=_library)
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    on_file: bool,
+) -> Tensor:
+    return input.new_empty(*input.shape[:-1], weight.shape[1 if transposed else 0])
+
+
+linear_gradients.register("graphopt::shadow_linear", _library, transposed=7)
+linear_gradients.register("graphopt::int8_linear", _library, transposed=3)

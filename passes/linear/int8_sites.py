@@ -1,0 +1,100 @@
+"""Put int8 linears in the place of float ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from graphopt._compat import fake_mode_of
+from graphopt.ir.match import value_of
+from graphopt.ir.replace import call, substitute
+from graphopt.ir.sites.linear import LinearSite
+from graphopt.passes.linear.int8_settings import InputSetting
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Room: outlier channels of a call, float columns in memory, weights on a file."""
+
+    capacity: int
+    hot: float
+    on_file: bool
+
+
+def rewrite_linears(
+    gm: fx.GraphModule,
+    sites: Sequence[tuple[LinearSite, InputSetting | None]],
+    kept: Kept,
+) -> list[str]:
+    """Replace each of ``sites`` and say by what, in order.
+
+    The settings stand in one table in front of all layers, so that layers stay alike;
+    an input that several linears share is coded once. A site without a setting gets a
+    scale a token, at run time.
+    """
+    rows = _rows(gm, {setting: None for _, setting in sites if setting is not None})
+    codes: dict[tuple[fx.Node, InputSetting], fx.Node] = {}
+    texts = []
+    for site, setting in sites:
+        with gm.graph.inserting_before(site.node):
+            if setting is None:
+                node, text = _dynamic(gm.graph, site, kept), "int8, a scale a token"
+            else:
+                if (site.input, setting) not in codes:
+                    codes[site.input, setting] = _coded(
+                        gm.graph, site.input, rows[setting]
+                    )
+                coded = codes[site.input, setting]
+                node = _static(gm.graph, site, coded, rows[setting], kept)
+                shadow = "with" if setting.shadow else "without"
+                text = f"int8, scale {setting.scale:.4g}, {shadow} a shadow"
+        substitute(gm, site.node, node)
+        texts.append(text)
+    return texts
+
+
+def _rows(
+    gm: fx.GraphModule, settings: Iterable[InputSetting]
+) -> dict[InputSetting, fx.Node]:
+    """Insert the table of ``settings`` and return the node of each one's row."""
+    wanted = list(settings)
+    if not wanted:
+        return {}
+    values = [x for s in wanted for x in (s.scale, float(s.shadow))]
+    inputs = gm.graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_after(inputs[-1]):
+        table = gm.graph.call_function(
+            torch.ops.graphopt.constants.default, (values, 2)
+        )
+    with fake_mode_of(gm):
+        table.meta["example_value"] = torch.empty(len(wanted), 2)
+    found, last = {}, table
+    for index, setting in enumerate(wanted):
+        with gm.graph.inserting_after(last):
+            args = (table, 0, index)
+            last = call(gm.graph, torch.ops.aten.select.int, args)
+        found[setting] = last
+    return found
+
+
+def _coded(graph: fx.Graph, input: fx.Node, row: fx.Node) -> fx.Node:
+    return call(graph, torch.ops.graphopt.quantize.default, (input, row))
+
+
+def _static(
+    graph: fx.Graph, site: LinearSite, codes: fx.Node, row: fx.Node, kept: Kept
+) -> fx.Node:
+    width = int(value_of(site.weight).shape[0 if site.transposed else 1])
+    operands = (site.input, site.weight, site.bias, codes, row)
+    room = (kept.capacity, max(1, round(kept.hot * width)))
+    args = (*operands, *room, site.transposed, kept.on_file)
+    return call(graph, torch.ops.graphopt.shadow_linear.default, args)
+
+
+def _dynamic(graph: fx.Graph, site: LinearSite, kept: Kept) -> fx.Node:
+    operands = (site.input, site.weight, site.bias)
+    args = (*operands, site.transposed, kept.on_file)
+    return call(graph, torch.ops.graphopt.int8_linear.default, args)

@@ -1,0 +1,168 @@
+"""Int8 linears against plain products of the same codes, and against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from graphopt.codegen.cpp.outliers import outliers
+from graphopt.errors import KernelError
+from graphopt.ops.int8 import weights
+from graphopt.ops.int8.linear import prepared, statistics_of
+from graphopt.ops.int8.weights import ShadowColumns, on_file, quantize_weight
+
+shadow = torch.ops.graphopt.shadow_linear.default
+dynamic = torch.ops.graphopt.int8_linear.default
+quantize = torch.ops.graphopt.quantize.default
+
+
+def operands(rows, width, outputs, beyond=0, dtype=torch.float32):
+    """Activations of range 4, with ``beyond`` channels that have values far beyond."""
+    torch.manual_seed(rows)
+    x = torch.randn(1, rows, width).clamp(-4, 4)
+    for channel in torch.randperm(width)[:beyond].tolist():
+        x[0, torch.randint(rows, (1,)), channel] = 90.0 if channel % 2 else -70.0
+    weight = torch.nn.Parameter(torch.randn(outputs, width).to(dtype))
+    return x.to(dtype), weight, torch.randn(outputs).to(dtype)
+
+
+def settings(x, is_shadowed, most=4.0):
+    scale = most if is_shadowed else float(x.abs().max())
+    return torch.tensor([scale / 127, float(is_shadowed)])
+
+
+def run(x, weight, bias, row, capacity=8, room=2, transposed=False, to_file=False):
+    args = (quantize(x, row), row, capacity, room, transposed, to_file)
+    return shadow(x, weight, bias, *args)
+
+
+def reference(x, weight, bias, row):
+    """In float64: codes times codes, and what lies beyond them times the weight."""
+    scale, has_shadow = row.tolist()
+    codes, scales = quantize_weight(weight.detach())
+    inner = (x.float() / row[0]).round().clamp(-128, 127).double() * scale
+    result = F.linear(inner, codes.double() * scales.double()[:, None])
+    if has_shadow:
+        wide = x.double()
+        beyond = wide - wide.clamp(-128 * scale, 127 * scale)
+        result = result + F.linear(beyond, weight.double())
+    return result if bias is None else result + bias.double()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_shadowed", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 64, 32), (5, 33, 17), (70, 576, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equals_the_plain_product_of_the_codes(sizes, is_shadowed, dtype):
+    x, weight, bias = operands(*sizes, beyond=3, dtype=dtype)
+    row = settings(x, is_shadowed)
+    expected = reference(x, weight, bias, row)
+    stored = torch.nn.Parameter(weight.detach().t().contiguous())
+    for actual in (
+        run(x, weight, bias, row),
+        run(x, stored, bias, row, transposed=True),
+        run(x.transpose(0, 1), weight, bias, row).transpose(0, 1),
+    ):
+        assert actual.dtype == dtype and actual.shape == expected.shape
+        limit = (1e-5 if dtype == torch.float32 else 1e-2) * expected.abs().max()
+        assert (actual.double() - expected).abs().max() <= limit
+
+
+@torch.no_grad()
+def test_a_shadow_is_nearer_than_a_scale_that_holds_everything():
+    x, weight, bias = operands(70, 576, 96, beyond=3)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+
+    def error(actual):
+        return float((actual.double() - exact).norm() / exact.norm())
+
+    with_shadow = error(run(x, weight, bias, settings(x, True)))
+    without = error(run(x, weight, bias, settings(x, False)))
+    by_token = error(dynamic(x, weight, bias, False, False))
+    assert with_shadow < 0.02 < without
+    assert by_token < without
+
+
+@torch.no_grad()
+def test_more_outliers_than_room_are_multiplied_in_float_and_counted():
+    x, weight, bias = operands(9, 64, 16, beyond=5)
+    row = settings(x, True)
+    assert torch.equal(run(x, weight, bias, row, capacity=4), F.linear(x, weight, bias))
+    run(x, weight, bias, row, capacity=5)
+    counts = statistics_of(weight)
+    assert (counts["overflows"], counts["fetched"]) == (1, 5)
+    assert statistics_of(bias) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_outliers_are_found_wherever_they_are(rows, dtype):
+    for width in (1, 15, 16, 127, 128, 200):
+        x = torch.randn(rows, width).clamp(-2, 2).to(dtype)
+        wanted = sorted({0, width // 2, width - 1})
+        for channel in wanted:
+            x[channel % rows, channel] = -9.0 if channel % 2 else 8.5
+        found, channels, beyond = outliers(x, -3.0, 2.5, 5)
+        assert (found, channels.tolist()) == (len(wanted), wanted)
+        clipped = x.float() - x.float().clamp(-3.0, 2.5)
+        assert torch.equal(beyond, clipped[:, wanted])
+    assert outliers(x, -3.0, 2.5, 1)[0] == 3
+    assert outliers(x, -99.0, 99.0, 1)[0] == 0
+
+
+def test_columns_stay_while_they_are_asked_for():
+    table = torch.randn(6, 4)
+    columns = ShadowColumns(table, room=2)
+    for channels in ([0, 1], [1], [2, 1], [0]):
+        taken = columns.take(torch.tensor(channels))
+        assert torch.equal(taken, table[channels])
+    assert (columns.fetched, columns.kept) == (4, 2)
+
+
+@torch.no_grad()
+def test_weights_on_a_file_are_the_same_weights(kernel_cache):
+    x, weight, bias = operands(9, 64, 16, beyond=2)
+    before, expected = weight.detach().clone(), F.linear(x, weight, bias)
+    row, made = settings(x, True), prepared.made
+    first = run(x, weight, bias, row, to_file=True)
+    assert torch.equal(weight, before) and torch.equal(
+        F.linear(x, weight, bias), expected
+    )
+    assert torch.equal(run(x, weight, bias, row, to_file=True), first)
+    assert prepared.made == made + 1
+    weight.mul_(2)  # a private map: neither the file nor other maps change
+    assert torch.allclose(
+        run(x, weight, None, row, to_file=True),
+        2 * run(x, torch.nn.Parameter(before), None, row),
+        rtol=1e-4,
+    )
+    assert not list(kernel_cache.glob("*.bin"))
+
+
+def test_a_file_that_cannot_be_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights, "cache_dir", lambda: tmp_path / "missing")
+    with pytest.raises(KernelError, match="weights = 'memory'"):
+        on_file(torch.randn(3))
+
+
+@torch.no_grad()
+def test_rows_of_zeros():
+    x, weight, bias = operands(3, 16, 4)
+    weight[1] = 0
+    row = settings(x, False)
+    assert torch.equal(run(x, weight, bias, row)[..., 1], bias[1].expand(1, 3))
+    zeros = torch.zeros(1, 3, 16)
+    assert torch.equal(dynamic(zeros, weight, bias, False, False)[0, 0], bias)
+
+
+def test_are_operators_with_straight_through_derivatives():
+    x, weight, bias = operands(3, 16, 8)
+    row = settings(x, False)
+    args = (x, weight, bias, quantize(x, row), row, 8, 2, False, False)
+    torch.library.opcheck(shadow, args)
+    torch.library.opcheck(dynamic, (x, weight, bias, False, False))
+    leaf = x.clone().requires_grad_()
+    run(leaf, weight, bias, row).sum().backward()
+    torch.testing.assert_close(leaf.grad, weight.detach().sum(0).expand_as(x))
