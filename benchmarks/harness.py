@@ -135,9 +135,14 @@ def plot(name: str, draw: Callable[[Any], None]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
     draw(axes)
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / f"{name}-{_kind()}.png", dpi=130)
+    figure.savefig(picture(name), dpi=130)
     pyplot.close(figure)
+
+
+def picture(name: str) -> Path:
+    """Return where a picture lies: beside the result, under its name."""
+    RESULTS.mkdir(exist_ok=True)
+    return RESULTS / f"{name}-{_kind()}.png"
 
 
 def machine() -> dict[str, Any]:

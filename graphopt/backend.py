@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def graphopt(
     parsed = parse_options({**(options or {}), **unknown}, mode)
     report, original = rewrite(gm, parsed)
     start = time.perf_counter()
-    compiled, outlining = _compile(gm, example_inputs, parsed)
+    tell = partial(_tell, report, parsed)
+    compiled, outlining = _compile(gm, example_inputs, parsed, tell)
     report.seconds["compile"] = time.perf_counter() - start
     report.remarks.append(outlining)
     if parsed.verify == "numeric" and original is not None:
@@ -131,13 +133,17 @@ def _device(gm: fx.GraphModule) -> str:
 
 
 def _compile(
-    gm: fx.GraphModule, example_inputs: list[Any], options: BackendOptions
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    options: BackendOptions,
+    tell: Callable[[Remark], None],
 ) -> tuple[Compiled, Remark]:
     def compile_one(piece: fx.GraphModule, inputs: list[Any]) -> Compiled:
         return _compat.compile_fx(piece, inputs, options.inductor)
 
     if find_loop(gm) is not None:
-        outlined = compile_loop(gm, compile_one, options.outline)
+        graphs = bool(options.inductor.get("triton.cudagraphs"))
+        outlined = compile_loop(gm, compile_one, options.outline, tell, graphs)
         assert outlined.run is not None
         return outlined.run, _outline_remark(outlined)
     if options.outline:
@@ -197,6 +203,12 @@ def _verify_numbers(
         _publish(report, options)
 
     return compare_first_call(original, compiled, check)
+
+
+def _tell(report: CompileReport, options: BackendOptions, remark: Remark) -> None:
+    """Add what only running the compiled code finds out."""
+    report.remarks.append(remark)
+    _publish(report, options)
 
 
 def _publish(report: CompileReport, options: BackendOptions) -> None:

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphopt.ir.loop_call import LoopCall
+
+_BODY, _ORDER = "graphopt_loop_body", "graphopt_chunk_order"
+
 
 @dataclass(frozen=True)
 class LoopResult:
@@ -39,6 +43,18 @@ class LoopState:
         sizes = (tokens, batch, self.heads, self.width)
         made = torch.empty(sizes, dtype=self.dtype, device=self.device)
         return made.permute(1, 2, 0, 3)
+
+
+@dataclass(frozen=True)
+class ChunkOrder:
+    """In which order chunks of a loop run, and on how many ``processors``.
+
+    With ``force`` they run so even where one after the other was found to be faster.
+    """
+
+    policy: str
+    processors: int
+    force: bool = False
 
 
 class ChunkLoop(nn.Module):
@@ -73,58 +89,19 @@ class ChunkLoop(nn.Module):
         self.chunk, self.axes, self.masked = chunk, axes, masked
         self.states, self.results = states, results
         self.compiled: Any = None  # what runs instead of the body
+        self.scheduler: Any = None  # what runs all chunks of a `LoopCall`
+        body.meta[_BODY] = True
 
     def forward(self, *given: Any) -> tuple[Tensor, ...]:
         """Return the results in order, each with the tokens of all chunks."""
-        parts, rest = given[: len(self.axes)], list(given[len(self.axes) :])
-        batch, tokens = parts[0].shape[0], parts[0].shape[self.axes[0]]
-        states = [state.empty(batch, tokens) for state in self.states]
-        mask = rest.pop(0).t().contiguous() if self.masked else None
+        call = LoopCall(self, given)
+        if self.scheduler is not None:
+            self.scheduler(call)
+            return call.results()
         run = self.body if self.compiled is None else self.compiled
-        joined: dict[int, Tensor] = {}
-        for start in range(0, tokens, self.chunk):
-            past = min(start, tokens - self.chunk)
-            seen = past + self.chunk
-            chunks = [
-                take_chunk(x, past, self.chunk, axis)
-                for x, axis in zip(parts, self.axes, strict=True)
-            ]
-            rows = [state.narrow(2, 0, seen) for state in states]
-            shown = [] if mask is None else [mask[:seen].t()]
-            outputs = run(*chunks, past, *rows, *shown, *rest)
-            self._keep(joined, outputs, past, tokens)
-        return tuple(
-            states[r.index] if r.state else joined[r.index] for r in self.results
-        )
-
-    def _keep(
-        self, joined: dict[int, Tensor], outputs: Any, past: int, tokens: int
-    ) -> None:
-        new = min(self.chunk, tokens)
-        for result in self.results:
-            if result.state:
-                continue
-            made, axis = outputs[result.index], result.axis
-            if result.index not in joined:
-                sizes = list(made.shape)
-                sizes[axis] = tokens
-                joined[result.index] = made.new_empty(sizes)
-            part = joined[result.index].narrow(axis, max(past, 0), new)
-            part.copy_(made.narrow(axis, self.chunk - new, new))
-
-
-def take_chunk(x: Tensor, start: int, size: int, axis: int) -> Tensor:
-    """Return ``size`` tokens of x from ``start`` on, zeros before the first.
-
-    Contiguous: the body is compiled for that.
-    """
-    if start >= 0:
-        return x.narrow(axis, start, size).contiguous()
-    sizes = list(x.shape)
-    sizes[axis] = size
-    padded = x.new_zeros(sizes)
-    padded.narrow(axis, -start, size + start).copy_(x.narrow(axis, 0, size + start))
-    return padded
+        for index in range(len(call.pasts)):
+            call.keep(index, run(*call.arguments(index)))
+        return call.results()
 
 
 def loop_of(node: fx.Node) -> ChunkLoop | None:
@@ -147,3 +124,18 @@ def innermost(gm: fx.GraphModule) -> fx.GraphModule:
     node = find_loop(gm)
     loop = None if node is None else loop_of(node)
     return gm if loop is None else loop.body
+
+
+def is_body(gm: fx.GraphModule) -> bool:
+    """Tell whether ``gm`` is the body of a loop."""
+    return bool(gm.meta.get(_BODY, False))
+
+
+def set_order(body: fx.GraphModule, order: ChunkOrder) -> None:
+    """Let the chunks of the loop around ``body`` run in ``order`` once compiled."""
+    body.meta[_ORDER] = order
+
+
+def order_of(body: fx.GraphModule) -> ChunkOrder | None:
+    """Return what `set_order` set; None: one chunk after the other."""
+    return body.meta.get(_ORDER)

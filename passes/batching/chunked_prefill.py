@@ -65,6 +65,7 @@ class ChunkedPrefill(Pass):
     never_after: ClassVar[Mapping[str, str]] = {
         "sparse-attention": "put it behind, where it selects for a chunk's queries",
         "token-drop": "layers would keep different numbers of a chunk's tokens",
+        "schedule": "it runs the chunks that this pass makes; put it behind",
         "packed-prefill": "packed rows hold several prompts; Engine runs chunks of "
         "many prompts together",
     }

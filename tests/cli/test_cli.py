@@ -41,7 +41,7 @@ def test_help_has_an_example():
 def test_passes():
     listed = {row["name"] for row in facts("passes")}
     attention = {"page-selection", "sparse-attention", "structured-mask"}
-    batching = {"chunked-prefill", "packed-prefill", "ragged-batch"}
+    batching = {"chunked-prefill", "packed-prefill", "ragged-batch", "schedule"}
     linear = {"onednn-linear", "shadow-outlier", "skinny-linear"}
     assert listed == {*attention, *batching, *linear, "token-drop"}
     text = graphopt("passes", "sparse-attention").stdout

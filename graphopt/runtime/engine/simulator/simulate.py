@@ -7,9 +7,7 @@ micro-batch when its last one has left the last stage and the first stage is fre
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
-from itertools import count
 
 from graphopt.errors import GraphoptError
 from graphopt.ops.pages import PAGE
@@ -22,6 +20,7 @@ from graphopt.runtime.engine.simulator.cost import Load, StepCost
 from graphopt.runtime.engine.simulator.pipeline import Pipeline
 from graphopt.runtime.engine.simulator.report import Report, Served
 from graphopt.runtime.engine.simulator.workload import Arrival
+from graphopt.runtime.events import EventQueue
 
 
 class _Request(Job):
@@ -86,8 +85,7 @@ class Simulation:
         self._queue = queue
         self._flying: dict[int, list[tuple[_Request, int]]] = {}
         self._parked = set(range(stages))
-        self._events: list[tuple[float, int, int]] = []  # time, order, batcher
-        self._order = count()
+        self._events: EventQueue[int] = EventQueue()  # of batchers
         self._fed = 0.0  # when a batcher last lacked requests
         self._bubble = 0.0
 
@@ -103,15 +101,15 @@ class Simulation:
     def run(self) -> Report:
         """Return what happened until the last request ended."""
         while self._events or self._to_come:
-            if self._next_arrival() <= (self._events[0][0] if self._events else 1e300):
+            if self._next_arrives_first():
                 self._arrive()
             else:
-                time, _, batcher = heapq.heappop(self._events)
-                self._wake(time, batcher)
+                self._wake(*self._events.pop())
         return self._report()
 
-    def _next_arrival(self) -> float:
-        return self._to_come[-1].arrival.time if self._to_come else float("inf")
+    def _next_arrives_first(self) -> bool:
+        coming = self._to_come
+        return bool(coming) and coming[-1].arrival.time <= self._events.next_time
 
     def _arrive(self) -> None:
         request = self._to_come.pop()
@@ -120,19 +118,16 @@ class Simulation:
 
     def _rouse(self, time: float) -> None:
         for batcher in sorted(self._parked):
-            self._push(time, batcher)
+            self._events.push(time, batcher)
             self._fed = time
         self._parked.clear()
-
-    def _push(self, time: float, batcher: int) -> None:
-        heapq.heappush(self._events, (time, next(self._order), batcher))
 
     def _wake(self, time: float, batcher: int) -> None:
         """Take over what has left the pipeline, and send the next micro-batch."""
         for request, tokens in self._flying.pop(batcher, ()):
             self._complete(self._batchers[batcher], request, tokens, time)
         if time < self._pipeline.free_at:
-            self._push(self._pipeline.free_at, batcher)
+            self._events.push(self._pipeline.free_at, batcher)
             return
         shares = self._batchers[batcher].plan()
         if self._queue:  # one that was preempted may find pages elsewhere
@@ -152,7 +147,7 @@ class Simulation:
         for request, _ in shares:
             request.bubble += passage.bubble
         self._flying[batcher] = shares
-        self._push(passage.end, batcher)
+        self._events.push(passage.end, batcher)
 
     def _complete(
         self, batcher: Batcher[_Request], request: _Request, tokens: int, now: float
