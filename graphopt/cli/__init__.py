@@ -12,7 +12,17 @@ from typing import Annotated
 import typer
 
 from graphopt import __version__
-from graphopt.cli import bench, calibrate, diff, doctor, explain, passes, run, search
+from graphopt.cli import (
+    bench,
+    calibrate,
+    cluster,
+    diff,
+    doctor,
+    explain,
+    passes,
+    run,
+    search,
+)
 from graphopt.cli.output import print_error
 from graphopt.errors import ConfigError, GraphoptError, ModelError
 
@@ -29,6 +39,7 @@ for command in (run.run, explain.explain, diff.diff, passes.passes, doctor.docto
 app.command()(bench.bench)
 app.command()(search.search)
 app.command()(calibrate.calibrate)
+app.command()(cluster.cluster)
 
 
 @app.callback()

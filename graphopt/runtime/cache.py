@@ -14,6 +14,7 @@ from graphopt.errors import ConfigError
 from graphopt.ops.pages import PAGE, pages_of
 from graphopt.runtime.layer import PagedLayer
 from graphopt.runtime.movable import MovableRows
+from graphopt.runtime.neurons import CoreNeurons
 from graphopt.runtime.pool import Rings
 from graphopt.runtime.rows import Rows, room_for
 from graphopt.runtime.states import HiddenStates
@@ -53,6 +54,9 @@ class Cache(MovableRows, TransformersCache):
     in some. Such a model must be compiled with that pass for decoding too.
     ``hidden_size``: keep the hidden states, of so many channels, of tokens that
     `token-drop` drops, so that they can come back in later steps (LazyLLM).
+    ``neurons``: keep the neurons that `neuron-mask` chooses for the prompt, with their
+    weights, for decoding to compute (CoreInfer). Such a model must be compiled with
+    that pass; `from_config` makes them.
 
     Raises ConfigError for values that are no whole pages or name no dtype.
     """
@@ -68,6 +72,7 @@ class Cache(MovableRows, TransformersCache):
         local: int = 256,
         dropping: bool = False,
         hidden_size: int | None = None,
+        neurons: CoreNeurons | None = None,
     ) -> None:
         super().__init__(layers=[])
         if kv_dtype not in (None, "int8", "int4"):
@@ -95,6 +100,7 @@ class Cache(MovableRows, TransformersCache):
             )
         self.dropping, self.hidden_size = dropping, hidden_size
         self.hidden: HiddenStates | None = None
+        self.neurons = neurons
         self.rows = Rows()
         self._last = -1
 
@@ -104,18 +110,23 @@ class Cache(MovableRows, TransformersCache):
 
         ``config`` is what `graphopt.compile` takes. ``model``: the transformers model,
         whose hidden size a pass may need that lets dropped tokens come back
-        (``revive``). Raises ConfigError for a bad config, and without a model where it
-        is needed.
+        (``revive``), and whose feed-forward networks `neuron-mask` needs. Raises
+        ConfigError for a bad config, and without a model where it is needed.
         """
         found = {**(wanted_by(config) or {}), **options}
-        if found.pop("reviving", False) and "hidden_size" not in options:
-            if model is None:
-                raise ConfigError(
-                    "Cache.from_config: the pass config revives dropped tokens, whose "
-                    "hidden states have the model's size: give model=..., or set "
-                    "revive = false in it"
-                )
+        reviving, rule = found.pop("reviving", False), found.pop("masking", None)
+        if reviving and "hidden_size" not in options:
+            _need(
+                model,
+                "revives dropped tokens, whose hidden states have the model's size: "
+                "give model=..., or set revive = false in it",
+            )
             found["hidden_size"] = model.config.get_text_config().hidden_size
+        if rule is not None and "neurons" not in options:
+            _need(
+                model, "masks neurons, whose weights have the model's sizes: model=..."
+            )
+            found["neurons"] = CoreNeurons.of(model, rule)
         return cls(**found)
 
     def update(
@@ -138,6 +149,8 @@ class Cache(MovableRows, TransformersCache):
         layer = self.layers[layer_idx]
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
+        if self.neurons is not None:
+            self.neurons.hold(layer_idx)
         return layer.update(key_states, value_states)
 
     def new_layer(self, index: int) -> PagedLayer:
@@ -172,6 +185,8 @@ class Cache(MovableRows, TransformersCache):
                 self.add_states(key)
             assert self.hidden is not None and rows.past is not None
             self.hidden.hold(rows.past, new)
+        if self.neurons is not None:
+            self.neurons.begin(rows, new)
 
     def allocate(self, batch: int, tokens: int, device: torch.device) -> None:
         """Give ``batch`` empty rows room for ``tokens`` tokens, or ``max_tokens``."""
@@ -201,9 +216,10 @@ class Cache(MovableRows, TransformersCache):
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all pages, statistics, scales and hidden states."""
+        """Return the bytes of pages, statistics, scales, hidden states and neurons."""
         kept = [t for layer in self.paged_layers() for t in layer.tensors()]
         kept += [] if self.hidden is None else self.hidden.tensors()
+        kept += [] if self.neurons is None else self.neurons.tensors()
         return sum(t.nbytes for t in kept)
 
     def save(self, path: str | Path) -> None:
@@ -226,3 +242,8 @@ class Cache(MovableRows, TransformersCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return how many keys attention will see, and the position of the first."""
         return self.rows.tokens + query_length, 0
+
+
+def _need(model: Any, why: str) -> None:
+    if model is None:
+        raise ConfigError(f"Cache.from_config: the pass config {why}")

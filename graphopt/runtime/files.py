@@ -35,6 +35,11 @@ def save(cache: Cache, path: str | Path) -> None:
     rows = cache.rows
     if rows.lengths is None or rows.table is None or not rows.tokens:
         raise ConfigError("Cache.save: the cache holds no tokens yet")
+    if cache.neurons is not None:
+        raise ConfigError(
+            "Cache.save: the neurons that 'neuron-mask' chose are not written; save a "
+            "cache without them, which decodes densely"
+        )
     used = rows.table[:, : pages_of(rows.tokens)].long()
     tensors = {"lengths": rows.lengths}
     for index, layer in enumerate(cache.layers):

@@ -11,6 +11,7 @@ from graphopt.errors import ConfigError
 from graphopt.ops.pages import PAGE
 from graphopt.runtime.layer import PagedLayer
 from graphopt.runtime.moves import own_all_pages, reorder
+from graphopt.runtime.neurons import CoreNeurons
 from graphopt.runtime.rows import Rows, home
 from graphopt.runtime.states import HiddenStates
 
@@ -21,6 +22,7 @@ class MovableRows:
     rows: Rows
     layers: list[PagedLayer]
     hidden: HiddenStates | None
+    neurons: CoreNeurons | None
 
     def paged_layers(self) -> list[PagedLayer]:
         """Return the layers that have pages already."""
@@ -39,6 +41,8 @@ class MovableRows:
             layer.reset()
         if self.hidden is not None:
             self.hidden.forget()
+        if self.neurons is not None:
+            self.neurons.forget()
 
     def crop(self, tokens_to_remove: int | Sequence[int]) -> None:
         """Forget the last tokens: so many of every row, or of each.
@@ -93,7 +97,10 @@ class MovableRows:
         if self.hidden is not None:  # a token that comes back is written to its page
             self.batch_select_indices(beam_idx)
         elif self.rows.lengths is not None:
-            reorder(self.rows, self.paged_layers(), beam_idx.to(self.device))
+            source = beam_idx.to(self.device)
+            reorder(self.rows, self.paged_layers(), source)
+            if self.neurons is not None:
+                self.neurons.select(source)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
@@ -108,6 +115,8 @@ class MovableRows:
             own_all_pages(self.rows, self.paged_layers(), source)
             if self.hidden is not None:
                 self.hidden.select(source)
+            if self.neurons is not None:
+                self.neurons.select(source)
 
     def has_dropped(self) -> bool:
         """Tell whether some layer lacks some of the tokens (`token-drop`)."""

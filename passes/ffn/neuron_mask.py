@@ -17,7 +17,53 @@ _MODULES = {"core": "core", "teal": "input_sparsity", "cats": "input_sparsity"}
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronMask(NeuronOptions):
-    """Compute in decoding only the neurons of each FFN that the prompt has activated."""
+    """Compute in decoding only the neurons of each FFN that the text activates.
+
+    ``core`` (CoreInfer): the prompt runs densely, and in the layers chosen, the middle
+    ones by default, each token counts for the ``token_ratio`` of its active neurons
+    that are greatest. The ``keep`` of the neurons that most tokens count for are the
+    prompt's core; their rows of the gate and up projections and columns of the down
+    projection are copied to buffers of `graphopt.Cache`, and decoding computes with
+    those alone. The buffers have one shape and place for all prompts, so one graph
+    serves them; each cache has its own. In a batch all rows share a core, that of their
+    counts together, or have one ``each``, whose weights are read row by row.
+    Approximate; reads ``keep`` of the layers' weights, which is what a decoding step
+    waits for. It suits prompts like the text that follows (summaries, extraction,
+    examples): the core of a bare question is known to fail, so prompts under
+    ``min_tokens`` stay dense, by a graph of their own that is not touched at all; of a
+    padded batch the longest prompt decides. Texts that drift away from their prompt
+    want ``refresh``: every so many tokens one runs densely and counts for as many, and
+    the core is chosen again. With ``similarity`` it is that of the nearest of some
+    clusters of texts (`graphopt cluster`), in each layer by itself.
+    ``Cache.from_config(config, model)`` makes the cache.
+
+    Before::
+
+        %g = linear(%x, %gate) : f32[B, 1, F]
+        %h = mul(silu(%g), linear(%x, %up))
+        %y = linear(%h, %down)
+
+    After, in the prompt's graph and in that of a decoding step::
+
+        graphopt.count_neurons(%h, %mask, %counts, 2000)
+        graphopt.choose_neurons(%counts, %indices)
+        graphopt.gather_neurons(%gate, %indices, %gate_c, 0)
+
+        %g = linear(%x, %gate_c) : f32[B, 1, 0.4 F]
+        %h = mul(silu(%g), linear(%x, %up_c))
+        %y = linear(%h, %down_c)
+
+    Refuses when
+
+    - ``cache``: the graph has no `graphopt.Cache` that keeps neurons, or one that was
+      made from other options or for another model;
+    - ``keeps-all``: every neuron is kept;
+    - ``no-ffn``: the layer has no feed-forward network, or several (experts);
+    - ``done``: another pass has rewritten its linears;
+    - ``padding``: which tokens of the prompt are real cannot be told;
+    - ``slower``: rows that choose for themselves would read more than all weights once;
+    - ``cannot-follow``: what lies between the projections needs all neurons.
+    """
 
     name: ClassVar[str] = "neuron-mask"
     source: ClassVar[str] = (
@@ -36,5 +82,16 @@ class NeuronMask(NeuronOptions):
         return result
 
     def cache_options(self) -> dict[str, Any] | None:
-        """Return the arguments of the `graphopt.Cache` for this pass."""
-        return None
+        """Return what `graphopt.Cache.from_config` needs for this pass."""
+        if self.method != "core":
+            return None
+        rule = {
+            "keep": self.keep,
+            "layers": self.layers,
+            "clusters": self.clusters,
+            "each": self.rows == "each",
+            "min_tokens": self.shortest,
+            "refresh": self.refresh or 0,
+            "force": self.force,
+        }
+        return {"masking": rule}

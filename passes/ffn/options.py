@@ -39,7 +39,7 @@ class NeuronOptions(Pass):
         "stability", "core: the prompt's own neurons, or those of the nearest cluster"
     )
     clusters: str | None = option(
-        None, "similarity: what `graphopt cluster` wrote (.safetensors)", "file"
+        None, "similarity: the .toml that `graphopt cluster` wrote", "file"
     )
     rows: Literal["union", "each"] = option(
         "union", "core: one choice for all rows of a batch, or one for each"

@@ -43,7 +43,7 @@ def test_passes():
     attention = {"page-selection", "sparse-attention", "structured-mask"}
     batching = {"chunked-prefill", "packed-prefill", "ragged-batch", "schedule"}
     linear = {"onednn-linear", "shadow-outlier", "skinny-linear"}
-    assert listed == {*attention, *batching, *linear, "token-drop"}
+    assert listed == {*attention, *batching, *linear, "neuron-mask", "token-drop"}
     text = graphopt("passes", "sparse-attention").stdout
     for part in ("MInference", "window", "1024", "tokens", "Refuses when"):
         assert part in text
