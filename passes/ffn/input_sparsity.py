@@ -177,8 +177,8 @@ def _cats(layers: Sequence[Layer], rule: _Rule) -> Iterator[_Choice]:
         for index, ffn in enumerate(layer.ffn):
             place = f"layer[{layer.index}].ffn[{index}]"
             site = gated_site(ffn, layer.linears)
-            if isinstance(site, str):
-                yield _Choice(missed(place, "unsupported", site))
+            if isinstance(site, tuple):
+                yield _Choice(missed(place, *site))
             elif refusal := rule.refusal(site.linears()):
                 yield _Choice(missed(place, *refusal))
             else:

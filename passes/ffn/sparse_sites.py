@@ -32,23 +32,33 @@ class GatedSite:
         return self.up, self.down
 
 
-def gated_site(site: FfnSite, linears: Sequence[LinearSite]) -> GatedSite | str:
-    """Return the parts of an FFN that CATS rewrites, or why it cannot."""
+def gated_site(
+    site: FfnSite, linears: Sequence[LinearSite]
+) -> GatedSite | tuple[str, str]:
+    """Return the parts of an FFN that CATS rewrites, or a code and why it cannot."""
     if site.form != "gated":
-        return "it has no gate"
+        return "unsupported", "it has no gate"
     if site.gate is site.up:
-        return "gate and up are one projection"
+        return "unsupported", "gate and up are one projection"
     by_node = {linear.node: linear for linear in linears}
     up, down = by_node.get(site.up), by_node.get(site.down)
     if up is None or down is None or up.transposed:
-        return "the rows of the up projection do not lie in one piece each"
-    product = next(iter(up.node.users))
-    if len(up.node.users) != 1 or op_name(product) != "mul":
-        return "the up projection is used beside the gate"
+        return "unsupported", "the up projection's rows do not lie in one piece each"
+    if up.done or down.done:
+        return "done", "another pass has rewritten its linears"
+    return _followed(up, down) or (
+        "cannot-follow",
+        "gate, product and down projection do not follow on one another",
+    )
+
+
+def _followed(up: LinearSite, down: LinearSite) -> GatedSite | None:
+    product = down.input
+    if list(up.node.users) != [product] or op_name(product) != "mul":
+        return None
     gate = next((a for a in product.args if a is not up.node), None)
-    alike = isinstance(gate, fx.Node) and _alike(gate, product)
-    if not isinstance(gate, fx.Node) or not alike or down.input is not product:
-        return "gate, product and down projection do not follow on one another"
+    if not isinstance(gate, fx.Node) or not _alike(gate, product):
+        return None
     return GatedSite(product, gate, up, down)
 
 

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
+import transformers as tf
 from transformers import DynamicCache
 
 from graphopt.calibration.observe import calibrate
-from graphopt.graph_diff import reports_of
+from graphopt.errors import ConfigError, PassError
 from graphopt.ir.match import op_name
 from graphopt.ir.model_graph import ModelGraph
+from graphopt.outline import compile_outlined
 from graphopt.passes.base import PassContext
+from graphopt.passes.ffn import input_sparsity
+from graphopt.passes.ffn.input_sparsity import _Rule, sparsify
 from graphopt.passes.ffn.neuron_mask import NeuronMask
-from tests.models import TINY, capture, token_ids
-from tests.rewriting import by_pieces, rewritten, traced
+from tests.models import TINY, capture, copy_graph, token_ids
+from tests.rewriting import rewritten, traced
 
 SPARSITY = 0.5
-MODELS = ("llama", "gemma3")
+FOUR_LAYERS = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +48,16 @@ def files(tmp_path_factory):
     return of
 
 
-def config(method, path, **options):
-    given = {"method": method, "thresholds": f'"{path}"', "force": "true"} | options
-    text = ",".join(f"{name}={value}" for name, value in given.items())
-    return f"neuron-mask{{{text}}}"
+@pytest.fixture(scope="module")
+def step():
+    """The graph of a decoding step of the tiny Llama."""
+    model = TINY["llama"]()
+    (gm,) = capture(model, dynamic=False, **decoding(model))
+    return lambda: copy_graph(gm)
+
+
+def config(method, path):
+    return f'neuron-mask{{method={method},thresholds="{path}",force=true}}'
 
 
 def decoding(model, batch=1, tokens=12):
@@ -57,7 +74,7 @@ def without_small(x, threshold):
 def teal(model, found):
     """Zero the small inputs of every linear of the layers."""
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and "layers" in name:
+        if type(module).__name__ in ("Linear", "Conv1D") and name != "lm_head":
             at = found.threshold("input", f"{name}.weight", SPARSITY)
             module.register_forward_pre_hook(
                 lambda _, given, at=at: (without_small(given[0], at),)
@@ -80,91 +97,113 @@ ORACLES = {"teal": teal, "cats": cats}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", ORACLES)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_step_is_that_of_zeroed_inputs(files, name, method, batch):
+@pytest.mark.parametrize(
+    ("method", "name", "batch"),
+    [
+        ("teal", "llama", 1),
+        ("teal", "gemma3", 3),
+        ("cats", "llama", 3),
+        ("cats", "gemma3", 1),
+        ("teal", "gpt2", 1),
+    ],
+)
+def test_a_step_is_that_of_zeroed_inputs(files, method, name, batch):
     path, found = files(name)
     model, reports = TINY[name]().eval(), []
     oracle = copy.deepcopy(model)
     ORACLES[method](oracle, found)
-    text = config(method, path)
-    fast = rewritten(model, text, host=traced, dynamic=False, reports=reports)
+    fast = rewritten(model, config(method, path), dynamic=False, reports=reports)
     expected = oracle(**decoding(model, batch)).logits
     actual = fast(**decoding(model, batch)).logits
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
     dense = model(**decoding(model, batch)).logits
     assert (dense - expected).abs().max() > 1e-2
     applied = [r for r in reports[-1].all_remarks() if r.kind == "applied"]
-    assert len(applied) == (14 if method == "teal" else 2)
+    linears = {"gpt2": 8}.get(name, 14)
+    assert len(applied) == (linears if method == "teal" else 2)
+    copied = [r.figures["bytes"] > 0 for r in applied]
+    assert copied == [name != "gpt2"] * len(applied)  # whose weights lie by input
 
 
 @torch.no_grad()
+def test_layers_with_thresholds_of_their_own_are_compiled_once(tmp_path):
+    torch.manual_seed(0)
+    model, found = tf.LlamaForCausalLM(tf.LlamaConfig(**FOUR_LAYERS)).eval(), []
+    calibrate(model, [token_ids(1, 40)]).write(tmp_path / "four")
+
+    def outlined(gm, inputs):
+        result = compile_outlined(gm, traced)
+        found.append((result.layers, result.kinds))
+        return result.run or traced(gm, inputs)
+
+    text = config("teal", tmp_path / "four.toml")
+    parts = rewritten(model, text, host=outlined, dynamic=False)
+    whole = rewritten(model, text, dynamic=False)
+    expected = whole(**decoding(model)).logits
+    assert torch.equal(parts(**decoding(model)).logits, expected)
+    assert found == [(4, 1)]
+
+
+def codes(gm, calibration, device="cpu", **options):
+    given = {"method": "teal", "thresholds": "given", "force": True} | options
+    item, context = NeuronMask(**given), PassContext(device=device)
+    result = sparsify(ModelGraph(gm), item, context, calibration)
+    assert result.changed == any(r.kind == "applied" for r in result.remarks)
+    return {r.code for r in result.remarks}
+
+
+def test_what_is_left_alone(files, step):
+    path, found = files("llama")
+    for method in ORACLES:
+        exact = NeuronMask(method=method, thresholds=path, sparsity=0.0, force=True)
+        (remark,) = exact.run(ModelGraph(step()), PassContext()).remarks
+        assert remark.code == "dense"
+        assert codes(step(), found, method=method, force=False) == {"slower"}
+        assert codes(step(), found, method=method) == {"rewritten"}
+        assert codes(step(), found, method=method, layers=[5]) == set()
+    (prompt,) = capture(TINY["llama"](), input_ids=token_ids(1, 9))
+    item = NeuronMask(method="teal", thresholds=path, force=True)
+    (remark,) = item.run(ModelGraph(prompt), PassContext()).remarks
+    assert remark.code == "not-decode"
+
+
+def test_a_gain_is_predicted_by_rows_and_device(files, step):
+    _, found = files("llama")
+    rule = _Rule(0.5, False, "cpu", found)
+    sites = ModelGraph(step()).linears[:1]
+    assert rule.refusal(sites)[0] == "slower"
+    with mock.patch.dict(input_sparsity._CALL, {"cpu": 1e-9, "cuda": 1.0}):
+        assert rule.refusal(sites) is None
+        assert codes(step(), found, force=False) == {"rewritten"}
+        assert codes(step(), found, "cuda", force=False) == {"slower"}
+
+
+def test_thresholds_are_asked_for(step):
+    item = NeuronMask(method="cats", force=True)
+    with pytest.raises(PassError, match="graphopt calibrate MODEL"):
+        item.run(ModelGraph(step()), PassContext())
+
+
+def test_a_calibration_of_another_model(files, step):
+    _, other = files("gpt2")
+    with pytest.raises(ConfigError, match="was it made of this model"):
+        codes(step(), other)
+
+
 @pytest.mark.parametrize("method", ORACLES)
-def test_generates_with_layers_outlined(files, method):
+def test_sites_are_found_again(files, step, method):
     path, _ = files("llama")
-    model, reports = TINY["llama"]().eval(), []
-    text = config(method, path)
-    given = {"max_new_tokens": 4, "do_sample": False}
-    plain = rewritten(model, text, host=traced, dynamic=None)
-    pieces = rewritten(model, text, host=by_pieces, dynamic=None, reports=reports)
-    ids = token_ids(1, 12)
-    assert torch.equal(pieces.generate(ids, **given), plain.generate(ids, **given))
-    kinds = [{r.code for r in report.all_remarks()} for report in reports]
-    assert "not-decode" in kinds[0] and "rewritten" in kinds[-1]
-
-
-def codes(model, text, **inputs):
-    reports = reports_of(model, text, inputs)
-    return {r.code for report in reports for p in report.records for r in p.remarks}
-
-
-@pytest.mark.parametrize("method", ORACLES)
-def test_what_is_left_alone(files, method):
-    path, _ = files("llama")
-    model = TINY["llama"]()
-    given = config(method, path)
-    assert codes(model, given, input_ids=token_ids(1, 9)) == {"not-decode"}
-    assert codes(model, config(method, path, sparsity=0), **decoding(model)) == {
-        "dense"
-    }
-    assert codes(model, config(method, path, force="false"), **decoding(model)) == {
-        "slower"
-    }
-    wide = TINY["llama"]().double()
-    assert codes(wide, given, **decoding(wide)) == {"unsupported"}
-
-
-def test_a_model_without_its_calibration(files):
-    path, _ = files("llama")
-    model = TINY["gpt2"]()
-    (report,) = reports_of(model, config("teal", path), decoding(model))
-    (remark,) = report.records[0].remarks
-    assert remark.kind == "failure" and "graphopt calibrate" in remark.message
-
-
-def test_an_ffn_without_a_gate(files):
-    path, _ = files("gpt2")
-    model = TINY["gpt2"]()
-    assert codes(model, config("cats", path), **decoding(model)) == {"unsupported"}
-    assert codes(model, config("teal", path), **decoding(model)) == {"rewritten"}
-
-
-@pytest.mark.parametrize("method", ORACLES)
-def test_sites_are_found_again(files, method):
-    path, _ = files("llama")
-    model = TINY["llama"]()
-    (gm,) = capture(model, **decoding(model))
+    gm = step()
     before = ModelGraph(gm)
     forms, linears = [s.form for s in before.ffn], len(before.linears)
     item = NeuronMask(method=method, thresholds=path, force=True)
     assert item.run(before, PassContext()).changed
-    gm.graph.eliminate_dead_code()
     gm.graph.lint()
     after = ModelGraph(gm)
     assert [s.form for s in after.ffn] == forms
     assert len(after.linears) == linears
-    assert not item.run(after, PassContext()).changed
+    result = item.run(after, PassContext())
+    assert not result.changed and {r.code for r in result.remarks} == {"done"}
     names = [op_name(node) for node in gm.graph.nodes]
     assert names.count("graphopt.thresholds") == 1
 
