@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
+import threading
 from typing import Any
 
 import torch
@@ -65,11 +66,13 @@ class ShadowColumns:
     def __init__(self, columns: Tensor, room: int) -> None:
         self.columns, self.room = columns, room
         self._hot: dict[int, Tensor] = {}
+        self._lock = threading.Lock()  # chunks of a prompt may run in threads
         self.fetched = self.kept = 0
 
     def take(self, channels: Tensor) -> Tensor:
         """Return the columns [C, N] of ``channels`` int32 [C]."""
-        return torch.stack([self._one(channel) for channel in channels.tolist()])
+        with self._lock:
+            return torch.stack([self._one(channel) for channel in channels.tolist()])
 
     def _one(self, channel: int) -> Tensor:
         found = self._hot.pop(channel, None)
@@ -98,13 +101,16 @@ class Int8Weight:
         self.packed: Tensor = torch.ops.onednn.qlinear_prepack(codes, None)
         self.columns: ShadowColumns | None = None
         self.overflows = 0
+        self._lock = threading.Lock()
 
     def columns_of(self, weight: Tensor, room: int, is_on_file: bool) -> ShadowColumns:
         """Return the float columns of ``weight`` [N, K]; made at the first outlier."""
-        if self.columns is None:
-            whole = weight.detach().t().contiguous().float()
-            self.columns = ShadowColumns(on_file(whole) if is_on_file else whole, room)
-        return self.columns
+        with self._lock:
+            if self.columns is None:
+                whole = weight.detach().t().contiguous().float()
+                whole = on_file(whole) if is_on_file else whole
+                self.columns = ShadowColumns(whole, room)
+            return self.columns
 
     def statistics(self) -> dict[str, Any]:
         """Return counts of fetched and kept columns and of overflows."""
