@@ -153,12 +153,23 @@ def test_a_last_chunk_waits_for_readers_of_the_keys_that_it_writes_again():
     assert not torch.equal(fast(ids)[0], want[0])
 
 
+SPARSE = "sparse-attention{sink=4,window=6,force=true}"
+INT8 = "shadow-outlier{activations=dynamic,weights=memory}"
+
+
+@pytest.mark.parametrize(
+    ("other", "config"),
+    [
+        (SPARSE, f"{CHUNKED},schedule,{SPARSE}"),
+        (INT8, f"{CHUNKED},{INT8},schedule"),
+    ],
+    ids=["behind", "in-front"],
+)
 @torch.no_grad()
-def test_a_pass_behind_it_rewrites_the_body_that_is_cut():
-    sparse = "sparse-attention{sink=4,window=6,force=true}"
+def test_other_passes_rewrite_the_body_that_is_cut(other, config):
     ids, mask = token_ids(2, 27), padding_mask([27, 12], 27)
-    want = Compiled("llama", f"{CHUNKED},{sparse}")(ids, attention_mask=mask)
-    fast = Compiled("llama", f"{CHUNKED},schedule,{sparse}")
+    want = Compiled("llama", f"{CHUNKED},{other}")(ids, attention_mask=mask)
+    fast = Compiled("llama", config)
     assert_equal(fast(ids, attention_mask=mask), want)
     fast.force(shuffled(1))
     assert_equal(fast(ids, attention_mask=mask), want)
