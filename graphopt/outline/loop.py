@@ -69,9 +69,8 @@ def _compile_tasks(
     device = loop.states[0].device
     if order is None:
         return None
-    if cuda_graphs and device.type == "cuda":
-        text = "chunks run in order: CUDA graphs share memory that one stream guards"
-        tell(missed("chunks", "cuda-graphs", text))
+    if refusal := _refusal(device.type, cuda_graphs):
+        tell(missed("chunks", *refusal))
         return None
     try:
         found = compile_tasks(loop.body, compile_one)
@@ -81,6 +80,15 @@ def _compile_tasks(
         return None
     loop.scheduler = LoopScheduler(found.program, order, device, tell)
     return Outlined(loop.scheduler, found.layers, found.kinds, source=found.source)
+
+
+def _refusal(device: str, cuda_graphs: bool) -> tuple[str, str] | None:
+    if device not in ("cpu", "cuda"):
+        return "device", f"chunks run in order: on '{device}' nothing runs tasks"
+    if cuda_graphs and device == "cuda":
+        text = "chunks run in order: CUDA graphs share memory that one stream guards"
+        return "cuda-graphs", text
+    return None
 
 
 def _compile_body(loop: ChunkLoop, compile_one: CompileOne, outline: bool) -> Outlined:

@@ -57,7 +57,8 @@ class Schedule(Pass):
       this pass;
     - ``not-cut``: a layer reads keys of another, writes to what all chunks read, or
       draws random numbers;
-    - ``one-thread``, ``cuda-graphs``: torch has one thread; the mode takes CUDA graphs.
+    - ``one-thread``, ``autograd``: found when prompts run;
+    - ``device``, ``cuda-graphs``: neither a CPU nor CUDA, or a mode with CUDA graphs.
     """
 
     name: ClassVar[str] = "schedule"

@@ -51,13 +51,14 @@ class LoopScheduler:
         self._device, self._tell = device, tell
         self._machine: Machine | None = None
         self._threads = 0
+        self._told: set[str] = set()
         self._known: dict[int, _Known] = {}
 
     def __call__(self, call: LoopCall) -> None:
         """Run all chunks of ``call``."""
         runs, groups = chunk_runs(self.program, call), len(self.program.groups)
         machine = self._made_for_now()
-        if self._has_no_choice(call, machine):
+        if self._must_be_in_order(call, machine):
             machine.in_order(runs, groups)
             return
         known = self._known.setdefault(call.batch, _Known())
@@ -83,15 +84,24 @@ class LoopScheduler:
         count = self._order.processors
         if self._device.type == "cuda":
             return Streams(count, self._device)
-        workers = Workers(count)
-        if len(workers.processors) < 2 <= count:
-            text = "torch has one thread, so that chunks run in order; give it more"
-            self._tell(missed(_SITE, "one-thread", text))
-        return workers
+        return Workers(count)
 
-    def _has_no_choice(self, call: LoopCall, machine: Machine) -> bool:
-        alone = len(call.pasts) < 2 or len(machine.processors) < 2
-        return alone or self._order.policy == IN_ORDER or torch.is_grad_enabled()
+    def _must_be_in_order(self, call: LoopCall, machine: Machine) -> bool:
+        """Tell, and say once why, where nothing was asked for that forbids it."""
+        asked = self._order.policy != IN_ORDER and self._order.processors > 1
+        if len(call.pasts) < 2 or not asked:
+            return True
+        if len(machine.processors) < 2:
+            return self._refuse("one-thread", "torch has one thread; give it more")
+        if torch.is_grad_enabled():
+            return self._refuse("autograd", "autograd is on; use torch.no_grad()")
+        return False
+
+    def _refuse(self, code: str, reason: str) -> bool:
+        if code not in self._told:
+            self._told.add(code)
+            self._tell(missed(_SITE, code, f"chunks run in order: {reason}"))
+        return True
 
     def _decision(self, call: LoopCall, known: _Known, machine: Machine) -> Decision:
         key = (len(call.pasts), call.overlaps)

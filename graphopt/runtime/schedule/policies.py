@@ -26,25 +26,38 @@ class Processor:
 class State:
     """How far a run is: ``missing`` counts the needs of each task that have not ended.
 
-    ``started`` has each task that runs or has run.
+    ``started`` has each task that runs or has run, ``ended`` those that have;
+    ``unlocks`` the seconds of the tasks that the end of each one alone makes ready.
     """
 
     dag: Dag
     missing: list[int] = field(init=False)
     started: list[bool] = field(init=False)
     ended: list[bool] = field(init=False)
+    unlocks: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
+        size = len(self.dag.tasks)
         self.missing = [len(needed) for needed in self.dag.needs]
-        self.started = [False] * len(self.dag.tasks)
-        self.ended = [False] * len(self.dag.tasks)
+        self.started, self.ended = [False] * size, [False] * size
+        self.unlocks = [0.0] * size
+        for task, missing in enumerate(self.missing):
+            if missing == 1:
+                self._note_last(task)
 
     def end(self, task: int) -> list[int]:
         """Note that ``task`` has ended; return what is ready now and was not."""
         self.ended[task] = True
         for other in self.dag.unlocks[task]:
             self.missing[other] -= 1
+            if self.missing[other] == 1:
+                self._note_last(other)
         return [other for other in self.dag.unlocks[task] if not self.missing[other]]
+
+    def _note_last(self, task: int) -> None:
+        """Let the one task that ``task`` waits for know that it is the only one."""
+        last = next(n for n in self.dag.needs[task] if not self.ended[n])
+        self.unlocks[last] += self.dag.tasks[task].duration
 
 
 Pick = Callable[[Processor, Sequence[int], State], int | None]
@@ -113,12 +126,8 @@ def greedy(dag: Dag, processors: Sequence[Processor]) -> Pick:
 
     def pick(processor: Processor, ready: Sequence[int], state: State) -> int | None:
         sign = -1.0 if processor.int8 else 1.0
-
-        def value(task: int) -> float:
-            unlocked = (s for s in dag.unlocks[task] if state.missing[s] == 1)
-            return sign * sum(dag.tasks[s].duration for s in unlocked)
-
-        return max(ready, key=lambda task: (value(task), -task), default=None)
+        unlocks = state.unlocks
+        return max(ready, key=lambda task: (sign * unlocks[task], -task), default=None)
 
     return pick
 

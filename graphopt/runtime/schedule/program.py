@@ -34,6 +34,7 @@ class ChunkRun:
         if self._steps is None:
             arguments = self._call.arguments(self.index)
             self._steps = self._program.start(*arguments)
+        self.reads = ()  # else they would outlive their last use in the group
         self.reads = next(self._steps)
 
     def keep(self) -> None:

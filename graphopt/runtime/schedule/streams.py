@@ -80,8 +80,6 @@ class Streams:
                 caller.wait_event(ended[ran.task][1])
                 _record(run.reads, caller)
                 run.keep()
-        for stream in self._streams.values():
-            caller.wait_stream(stream)
 
     def seconds(self, runs: Sequence[ChunkRun], dag: Dag, timeline: Timeline) -> float:
         """Run, wait, and return the seconds between two events around it."""

@@ -117,11 +117,14 @@ def test_shorter_prompts_use_what_longer_ones_have_measured(made):
 
 
 def test_no_choice(made):
-    scheduler, machine, _ = made(1.2, 1.0)
+    scheduler, machine, remarks = made(1.2, 1.0)
     assert called(scheduler, machine, [Call(1)] * 5) == ["in order"] * 5
+    assert not remarks
     machine.asked.clear()
-    scheduler(Call(4))  # autograd is on
-    assert machine.asked == ["in order"]
+    for _ in range(3):
+        scheduler(Call(4))
+    assert machine.asked == ["in order"] * 3
+    assert [r.code for r in remarks] == ["autograd"]
     scheduler, machine, _ = made(1.2, 1.0, policy="in-order")
     assert called(scheduler, machine, [Call(4) for _ in range(5)]) == ["in order"] * 5
 
