@@ -15,8 +15,12 @@ takes as long in every chunk. A layer takes a second on average: only ratios cou
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from graphopt.runtime.schedule.dag import Dag, Group, chunk_dag, repeated
-from graphopt.runtime.schedule.policies import Processor
+from graphopt.runtime.schedule.policies import IN_ORDER, POLICIES, Processor, stagger
+from graphopt.runtime.schedule.simulator import Timeline, simulate
 
 LAYERS, CHUNKS = 18, 4
 CPU_SHARE, NORM_SHARE = 0.37, 0.1
@@ -25,6 +29,7 @@ _QKV = _WIDTH * _HEADS
 _REST = _WIDTH * _WIDTH + 3 * _WIDTH * _NEURONS
 
 NPU, CPU = Processor("NPU", int8=True), Processor("CPU")
+SIDES = {**POLICIES, "stagger by 1": partial(stagger, shift=1)}
 SUBGRAPHS = (
     Group(0, "norm", processor="CPU"),
     Group(0, "qkv", processor="NPU"),
@@ -50,3 +55,30 @@ def paper_dag(
         )[position % len(SUBGRAPHS)]
 
     return chunk_dag(repeated(SUBGRAPHS, LAYERS), chunks, duration)
+
+
+def timeline(
+    policy: str, chunks: int, by_keys: bool = True, norms: float = NORM_SHARE
+) -> Timeline:
+    """Run the paper's tasks by a policy of `SIDES`."""
+    return simulate(paper_dag(chunks, by_keys, norms), (NPU, CPU), SIDES[policy])
+
+
+def simulated(chunks: int, norms: float) -> list[dict[str, Any]]:
+    """Return a row for each policy: how long the NPU idles, how much is gained."""
+    base = timeline(IN_ORDER, chunks, True, norms).makespan
+    rows = []
+    for policy in SIDES:
+        own, even = (timeline(policy, chunks, by, norms) for by in (True, False))
+        rows.append(
+            {
+                "case": "paper",
+                "policy": policy,
+                "chunks": chunks,
+                "norm_share": norms,
+                "npu_bubble": round(own.bubble_rate(NPU.name), 4),
+                "npu_bubble_even": round(even.bubble_rate(NPU.name), 4),
+                "makespan_ratio": round(own.makespan / base, 4),
+            }
+        )
+    return rows

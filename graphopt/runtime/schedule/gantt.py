@@ -51,7 +51,8 @@ def save_gantt(timelines: dict[str, Timeline], path: Path) -> None:
     longest = max(timeline.makespan for timeline in timelines.values())
     rows[-1, 0].set_xlim(0, longest)
     rows[-1, 0].set_xlabel("seconds")
-    rows[0, 0].legend(loc="upper right", fontsize="x-small", ncols=4)
+    handles = rows[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper right", fontsize="x-small", ncols=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
