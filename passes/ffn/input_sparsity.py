@@ -11,7 +11,6 @@ import torch
 
 from graphopt.calibration import Calibration
 from graphopt.codegen.cpp.sparse_linear import MOST_ROWS
-from graphopt.errors import PassError
 from graphopt.ir.constants import is_parameter, parameter_name
 from graphopt.ir.match import value_of
 from graphopt.ir.model_graph import ModelGraph
@@ -55,11 +54,7 @@ def rewrite(
         return _nothing("dense", "sparsity 0 leaves nothing out")
     if model.kind != "decode":
         return _nothing("not-decode", f"its {model.tokens} tokens share the weights")
-    if options.thresholds is None:
-        raise PassError(
-            f"method {options.method} has no thresholds; write them by graphopt "
-            "calibrate MODEL --text FILE and name the file as thresholds = FILE"
-        )
+    assert options.thresholds is not None  # which the options see to
     found = read_calibration(options.thresholds)
     return sparsify(model, options, context, found)
 

@@ -37,6 +37,16 @@ class NeuronMask(NeuronOptions):
     clusters of texts (`graphopt cluster`), in each layer by itself.
     ``Cache.from_config(config, model)`` makes the cache.
 
+    ``teal`` and ``cats`` choose for each token, and only in decoding steps of up to 8
+    rows; prompts stay dense, any cache will do. ``teal`` takes the small inputs of all
+    linears of a layer as zero and does not read their columns of the weights; ``cats``
+    leaves out the neurons whose gate is nearly closed, so it reads less of the up and
+    down projections alone. What is small comes from ``thresholds``, the magnitudes that
+    the share ``sparsity`` of a linear's inputs (of an FFN's gates) did not exceed on
+    real text. In a batch a weight is read if any row needs it. To be skipped, columns
+    must lie in one piece: a second copy of the weights is made, and the remarks say how
+    large it is. With ``sparsity = 0`` nothing is rewritten.
+
     Before::
 
         %g = linear(%x, %gate) : f32[B, 1, F]
@@ -53,6 +63,11 @@ class NeuronMask(NeuronOptions):
         %h = mul(silu(%g), linear(%x, %up_c))
         %y = linear(%h, %down_c)
 
+    After, by ``cats`` (``teal``: every linear as the last)::
+
+        %h = graphopt.sparse_up(%x, %up, None, silu(%g), %threshold)
+        %y = graphopt.sparse_linear(%h, %down, None, %zero, False)
+
     Refuses when
 
     - ``cache``: the graph has no `graphopt.Cache` that keeps neurons, or one that was
@@ -62,7 +77,18 @@ class NeuronMask(NeuronOptions):
     - ``done``: another pass has rewritten its linears;
     - ``padding``: which tokens of the prompt are real cannot be told;
     - ``slower``: rows that choose for themselves would read more than all weights once;
+      what a small weight's skipped part saves is less than a call costs;
     - ``cannot-follow``: what lies between the projections needs all neurons.
+
+    ``teal`` and ``cats`` refuse, further, when
+
+    - ``not-decode``, ``many-rows``: more than one token each, or over 8 rows, or a
+      number that changes (compile with ``dynamic=None``);
+    - ``dense``: the sparsity is 0;
+    - ``not-raised``: the layer's ends in the residual stream were not found;
+    - ``changes``: a weight is computed, so that nothing is known of its input;
+    - ``unsupported``: operands of other types; for ``cats``, an FFN without a gate or
+      with a gate fused into the up projection.
     """
 
     name: ClassVar[str] = "neuron-mask"

@@ -25,7 +25,9 @@ class NeuronOptions(Pass):
         "token hardly uses",
     )
     layers: list[int] | None = option(
-        None, "layers whose FFN is rewritten; the middle ones when left out"
+        None,
+        "layers that are rewritten; when left out the middle ones, for teal and cats "
+        "all",
     )
 
     keep: Share = option(0.4, "core: share of a layer's neurons that decoding computes")
@@ -57,7 +59,7 @@ class NeuronOptions(Pass):
     )
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = option(
-        0.5, "teal, cats: share of the inputs that are left out, without thresholds"
+        0.5, "teal, cats: share of the inputs, or neurons, that are left out"
     )
     thresholds: str | None = option(
         None, "teal, cats: what `graphopt calibrate` wrote", "file"
@@ -65,11 +67,16 @@ class NeuronOptions(Pass):
 
     @model_validator(mode="after")
     def _belong(self) -> Self:
-        """Options of another method or mode are an error of the config."""
+        """Options that lack what belongs to them are an error of the config."""
         if (self.mode == "similarity") != (self.clusters is not None):
             raise ValueError(
                 "mode = 'similarity' and clusters = FILE belong together; "
                 "`graphopt cluster` writes the file"
+            )
+        if self.method != "core" and self.sparsity and self.thresholds is None:
+            raise ValueError(
+                f"method = '{self.method}' needs thresholds = FILE; `graphopt "
+                "calibrate MODEL --text FILE` writes the file"
             )
         return self
 

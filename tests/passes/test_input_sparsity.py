@@ -11,7 +11,8 @@ import transformers as tf
 from transformers import DynamicCache
 
 from graphopt.calibration.observe import calibrate
-from graphopt.errors import ConfigError, PassError
+from graphopt.config import load_config
+from graphopt.errors import ConfigError
 from graphopt.ir.match import op_name
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.outline import compile_outlined
@@ -178,10 +179,10 @@ def test_a_gain_is_predicted_by_rows_and_device(files, step):
         assert codes(step(), found, "cuda", force=False) == {"slower"}
 
 
-def test_thresholds_are_asked_for(step):
-    item = NeuronMask(method="cats", force=True)
-    with pytest.raises(PassError, match="graphopt calibrate MODEL"):
-        item.run(ModelGraph(step()), PassContext())
+def test_thresholds_are_asked_for():
+    with pytest.raises(ConfigError, match="graphopt calibrate MODEL --text FILE"):
+        load_config("neuron-mask{method=cats}")
+    load_config("neuron-mask{method=cats,sparsity=0}")
 
 
 def test_a_calibration_of_another_model(files, step):
