@@ -33,8 +33,8 @@ def cluster(
         float, typer.Option(min=0.0001, max=1, help="As the pass's option.")
     ] = 0.2,
     criterion: Annotated[
-        str, typer.Option(help="As the pass's option: signed or abs.")
-    ] = "signed",
+        str, typer.Option(help="As the pass's option: abs or signed.")
+    ] = "abs",
     out: Annotated[
         str, typer.Option(help="NAME.toml to write, with NAME.safetensors beside it.")
     ] = "clusters.toml",
@@ -53,8 +53,8 @@ def cluster(
     from graphopt.runtime.neurons.clusters import Clusters, cluster_texts
     from graphopt.search.texts import read_text
 
-    if criterion not in ("signed", "abs"):
-        raise ConfigError(f"--criterion {criterion}: use signed or abs")
+    if criterion not in ("abs", "signed"):
+        raise ConfigError(f"--criterion {criterion}: use abs or signed")
     source, path = read_text(text), Path(out)
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--out {path}: there is no folder {path.parent}")

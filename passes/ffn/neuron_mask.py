@@ -55,7 +55,7 @@ class NeuronMask(NeuronOptions):
 
     After, in the prompt's graph and in that of a decoding step::
 
-        graphopt.count_neurons(%h, %mask, %counts, 2000)
+        graphopt.count_neurons(%h, %mask, %counts, 2000, True)
         graphopt.choose_neurons(%counts, %indices)
         graphopt.gather_neurons(%gate, %indices, %gate_c, 0)
 

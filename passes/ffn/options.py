@@ -34,8 +34,10 @@ class NeuronOptions(Pass):
     token_ratio: Share = option(
         0.2, "core: share of a token's active neurons that count as its own"
     )
-    criterion: Literal["signed", "abs"] = option(
-        "signed", "core: active is what is over zero, or what is not zero"
+    criterion: Literal["abs", "signed"] = option(
+        "abs",
+        "core: active is what is not zero, or what is over zero (CoreInfer's; half of "
+        "what gated networks compute is under it)",
     )
     mode: Literal["stability", "similarity"] = option(
         "stability", "core: the prompt's own neurons, or those of the nearest cluster"
@@ -86,12 +88,6 @@ class NeuronOptions(Pass):
         if self.min_tokens is not None:
             return self.min_tokens
         return 200 if self.mode == "stability" else 0
-
-    def wanted_layers(self, count: int) -> tuple[int, ...]:
-        """Return the layers that a model of ``count`` has of those asked for."""
-        if self.layers is None:
-            return middle_layers(count)
-        return tuple(index for index in self.layers if index < count)
 
 
 def middle_layers(count: int) -> tuple[int, ...]:

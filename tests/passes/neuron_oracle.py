@@ -39,10 +39,10 @@ def downs(model):
 class Masked:
     """What the hooks of one model know of one text."""
 
-    def __init__(self, keep=0.4, ratio=0.2, absolute=False, each=False, refresh=0):
+    def __init__(self, keep=0.4, ratio=0.2, absolute=True, each=False, refresh=0):
         self.keep, self.each, self.refresh = keep, each, refresh
         self.how = (round(ratio * PARTS), absolute)
-        self.counts, self.kept, self.steps = {}, {}, {}
+        self.counts, self.kept, self.steps, self.seen = {}, {}, {}, {}
         self.mask = None  # of the prompt, bool [B, S]
 
     def hook(self, index):
@@ -50,7 +50,9 @@ class Masked:
             (x,) = args
             rows = x if x.ndim == 3 else x.view(self.mask.shape[0], -1, x.shape[-1])
             if rows.shape[1] > 1:
-                self.count(index, rows, self.mask, 1)
+                start = self.seen.get(index, 0)
+                end = self.seen[index] = start + rows.shape[1]
+                self.count(index, rows, self.mask[:, start:end], 1)
                 return None
             self.steps[index] = self.steps.get(index, 0) + 1
             if self.refresh and self.steps[index] % self.refresh == 0:
@@ -85,18 +87,20 @@ def masked(model, layers, mask, **rule):
             hook.remove()
 
 
-def steps(model, ids, mask, forced, cache):
-    """Yield the logits [B, V] behind a prompt and behind each of ``forced`` [B, N]."""
-    mask = mask.long()
-    for new in (ids, *forced.split(1, 1)):
-        grown = torch.ones(len(mask), new.shape[1], dtype=torch.long)
-        mask = mask if new is ids else torch.cat((mask, grown), 1)
-        given = {"attention_mask": mask, "past_key_values": cache}
+def steps(model, ids, mask, forced, cache, chunk=None):
+    """Yield the logits [B, V] behind a prompt and behind each of ``forced`` [B, N].
+
+    ``chunk``: the prompt is given in parts of so many tokens, with logits behind each.
+    """
+    mask, end = torch.cat((mask.long(), torch.ones_like(forced)), 1), 0
+    for new in (*ids.split(chunk or ids.shape[1], 1), *forced.split(1, 1)):
+        end += new.shape[1]
+        given = {"attention_mask": mask[:, :end], "past_key_values": cache}
         with torch.no_grad():
             found = model(new, **given, use_cache=True, logits_to_keep=1)
         yield found.logits[:, -1]
 
 
-def decoded(*given):
+def decoded(*given, **chunks):
     """Return the same as one tensor, [B, N + 1, V]."""
-    return torch.stack(list(steps(*given)), 1)
+    return torch.stack(list(steps(*given, **chunks)), 1)

@@ -172,5 +172,5 @@ def test_passages_are_counted_as_the_pass_counts():
     config = "structured-mask,neuron-mask{token_ratio=0.2,keep=0.001,min_tokens=0}"
     found = count_passages(model, config, passages, lambda *_: None)
     assert found.keys() == {0}
-    expected = [counts_by_hand(inner, None, 1, 2000)[0] for inner in seen]
+    expected = [counts_by_hand(inner, None, 1, 2000, True)[0] for inner in seen]
     assert torch.equal(found[0], torch.stack(expected))
