@@ -1,4 +1,8 @@
-"""``graphopt::quantize``: activations as int8 codes of one static scale.
+"""``graphopt::quantize``: activations as 8-bit codes of one static scale.
+
+A code is the number of steps plus `ZERO`, as uint8: oneDNN multiplies unsigned
+activations with signed weights as fast as the processor can (VNNI), and signed ones by
+a loop that is thousands of times slower (seen with torch 2.13).
 
 ``settings`` float32 [2] are the scale and whether what lies beyond the codes' range is
 computed in float (1.0) or lost (0.0). They come from ``graphopt::constants``, so that
@@ -10,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST, MOST = -128, 127
+LEAST, MOST, ZERO = -128, 127, 128  # in steps; the code that stands for zero
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
 _library.define("constants(float[] values, int width) -> Tensor")
@@ -31,12 +35,16 @@ def _(values: list[float], width: int) -> Tensor:
 
 
 def quantize(input: Tensor, settings: Tensor) -> Tensor:
-    """Return round(input / scale), clipped, as int8 of the shape of ``input``.
+    """Return round(input / scale) + `ZERO`, clipped, as uint8 [..., K].
 
     Half to even, as hardware rounds.
     """
-    scaled = input.float() / settings[0]
-    return scaled.round().clamp(LEAST, MOST).to(torch.int8)
+    return coded(input.float() / settings[0])
+
+
+def coded(steps: Tensor) -> Tensor:
+    """Return the codes of numbers of steps, rounded and clipped."""
+    return (steps.round().clamp(LEAST, MOST) + ZERO).to(torch.uint8)
 
 
 # Decomposed wherever it is traced, so that it fuses with what made the activations.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graphopt.codegen.cpp.outliers import outliers as find_outliers
 from graphopt.ops import linear_gradients
-from graphopt.ops.int8.codes import LEAST, MOST
+from graphopt.ops.int8.codes import LEAST, MOST, ZERO, coded
 from graphopt.ops.int8.weights import Int8Weight, on_file
 from graphopt.ops.prepared import Prepared
 
@@ -54,7 +54,7 @@ def _prepare(weight: Tensor, transposed: bool, to_file: bool) -> Int8Weight:
 
 def _product(codes: Tensor, scale: float, held: Int8Weight, bias: Tensor | None) -> Any:
     wide = None if bias is None else bias.float()
-    sizes = (scale, 0, held.packed, held.scales, held.zeros, wide)
+    sizes = (scale, ZERO, held.packed, held.scales, held.zeros, wide)
     return torch.ops.onednn.qlinear_pointwise(
         codes, *sizes, 1.0, 0, torch.float32, "none", [], ""
     )
@@ -107,8 +107,7 @@ def int8_linear(
     held = _prepare(weight, transposed, on_file)
     wide = input.float()
     scales = (wide.abs().amax(-1, keepdim=True) / MOST).clamp_min(1e-30)
-    codes = (wide / scales).round_().to(torch.int8)
-    result: Tensor = _product(codes, 1.0, held, None) * scales
+    result: Tensor = _product(coded(wide / scales), 1.0, held, None) * scales
     result = result if bias is None else result + bias
     return result.to(input.dtype)
 
