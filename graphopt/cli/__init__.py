@@ -19,6 +19,7 @@ from graphopt.cli import (
     diff,
     doctor,
     explain,
+    levels,
     passes,
     run,
     search,
@@ -40,6 +41,7 @@ app.command()(bench.bench)
 app.command()(search.search)
 app.command()(calibrate.calibrate)
 app.command()(cluster.cluster)
+app.command()(levels.levels)
 
 
 @app.callback()

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-
-from graphopt.calibration import Calibration
-from graphopt.codegen.cpp.sparse_linear import MOST_ROWS
-from graphopt.ir.constants import is_parameter, parameter_name
 from graphopt.ir.match import value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.sites.linear import LinearSite
 from graphopt.ir.stream.layers import Layer
 from graphopt.passes.base import PassContext, PassResult
 from graphopt.passes.ffn.options import NeuronOptions
+from graphopt.passes.ffn.sparse_rule import (
+    Calibrated,
+    Rule,
+    read_calibration,
+    read_levels,
+)
 from graphopt.passes.ffn.sparse_sites import (
     GatedSite,
     Thresholds,
@@ -26,20 +26,6 @@ from graphopt.passes.ffn.sparse_sites import (
     skip_neurons,
 )
 from graphopt.remarks import Remark, applied, missed
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Bytes a second at which dense products read weights, and seconds that a call of a
-# sparse one takes beside reading (benchmarks/sparse_linear.py).
-_RATE = {"cpu": 25e9, "cuda": 2.5e12}
-_CALL = {"cpu": 10e-6, "cuda": 6e-6}
-
-
-class Calibrated(Protocol):
-    """What is known of a model's activations; `graphopt.calibration.Calibration`."""
-
-    def threshold(self, kind: str, name: str, sparsity: float) -> float:
-        """Return the magnitude that the share ``sparsity`` of values do not exceed."""
-        ...
 
 
 def rewrite(
@@ -59,12 +45,6 @@ def rewrite(
     return sparsify(model, options, context, found)
 
 
-@cache
-def read_calibration(path: str) -> Calibration:
-    """Read a calibration once for all graphs of a process."""
-    return Calibration.read(path)
-
-
 def sparsify(
     model: ModelGraph,
     options: NeuronOptions,
@@ -72,7 +52,9 @@ def sparsify(
     calibrated: Calibrated,
 ) -> PassResult:
     """Rewrite a decoding graph with the thresholds of ``calibrated``."""
-    rule = _Rule(options.sparsity, options.force, context.device, calibrated)
+    path, sparsity = options.levels, options.sparsity
+    levels = None if path is None else read_levels(path, sparsity)
+    rule = Rule(sparsity, options.force, context.device, calibrated, levels)
     layers = _layers(model, options)
     sites: Sequence[_Choice] = (
         [*_teal(layers, rule)] if options.method == "teal" else [*_cats(layers, rule)]
@@ -108,51 +90,7 @@ class _Choice:
         return self.remark.kind == "applied"
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """Which sites are rewritten, and with which thresholds."""
-
-    sparsity: float
-    force: bool
-    device: str
-    calibrated: Calibrated
-
-    def refusal(self, linears: Sequence[LinearSite]) -> tuple[str, str] | None:
-        for site in linears:
-            if reason := _unfit(site):
-                return reason
-        return None if self.force else self._slower(linears)
-
-    def threshold(self, kind: str, linear: LinearSite) -> float:
-        name = parameter_name(linear.weight)
-        return self.calibrated.threshold(kind, name, self.sparsity)
-
-    def _slower(self, linears: Sequence[LinearSite]) -> tuple[str, str] | None:
-        """A column is read if any row keeps it; rows keep them by chance."""
-        read = 1 - self.sparsity ** linears[0].rows
-        size = sum(value_of(x.weight).nbytes for x in linears)
-        rate, call = _RATE.get(self.device, 0.0), _CALL.get(self.device, 0.0)
-        if size * (1 - read) > rate * call * len(linears):
-            return None
-        return "slower", f"{read:.0%} of {size / 1e6:.2g} MB would be read"
-
-
-def _unfit(site: LinearSite) -> tuple[str, str] | None:
-    if site.done:
-        return "done", "another pass has rewritten the linear"
-    if reason := site.unsupported():
-        return "unsupported", reason
-    if (dtype := value_of(site.weight).dtype) not in _DTYPES:
-        return "unsupported", f"there is no kernel for {dtype}"
-    if not is_parameter(site.weight) or not parameter_name(site.weight):
-        return "changes", "the weight is computed, so nothing is known of its input"
-    rows = site.rows
-    if not isinstance(rows, int) or rows > MOST_ROWS:
-        return "many-rows", f"{rows} rows share the weights; at most {MOST_ROWS} may"
-    return None
-
-
-def _teal(layers: Sequence[Layer], rule: _Rule) -> Iterator[_Choice]:
+def _teal(layers: Sequence[Layer], rule: Rule) -> Iterator[_Choice]:
     for layer in layers:
         if not layer.linears:
             text = "its ends in the residual stream were not found"
@@ -167,7 +105,7 @@ def _teal(layers: Sequence[Layer], rule: _Rule) -> Iterator[_Choice]:
             yield _choice(place, text, (site,), threshold, None)
 
 
-def _cats(layers: Sequence[Layer], rule: _Rule) -> Iterator[_Choice]:
+def _cats(layers: Sequence[Layer], rule: Rule) -> Iterator[_Choice]:
     for layer in layers:
         for index, ffn in enumerate(layer.ffn):
             place = f"layer[{layer.index}].ffn[{index}]"

@@ -43,9 +43,10 @@ class NeuronMask(NeuronOptions):
     leaves out the neurons whose gate is nearly closed, so it reads less of the up and
     down projections alone. What is small comes from ``thresholds``, the magnitudes that
     the share ``sparsity`` of a linear's inputs (of an FFN's gates) did not exceed on
-    real text. In a batch a weight is read if any row needs it. To be skipped, columns
-    must lie in one piece: a second copy of the weights is made, and the remarks say how
-    large it is. With ``sparsity = 0`` nothing is rewritten.
+    real text; ``levels`` (TEAL's greedy choice, `graphopt levels`) give each linear a
+    share of its own. In a batch a weight is read if any row needs it. To be skipped,
+    columns must lie in one piece: a second copy of the weights is made, and the remarks
+    say how large it is. With ``sparsity = 0`` nothing is rewritten.
 
     Before::
 
@@ -84,7 +85,7 @@ class NeuronMask(NeuronOptions):
 
     - ``not-decode``, ``many-rows``: more than one token each, or over 8 rows, or a
       number that changes (compile with ``dynamic=None``);
-    - ``dense``: the sparsity is 0;
+    - ``dense``: the sparsity, or the linear's level, is 0;
     - ``not-raised``: the layer's ends in the residual stream were not found;
     - ``changes``: a weight is computed, so that nothing is known of its input;
     - ``unsupported``: operands of other types; for ``cats``, an FFN without a gate or

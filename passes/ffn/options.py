@@ -66,6 +66,12 @@ class NeuronOptions(Pass):
     thresholds: str | None = option(
         None, "teal, cats: what `graphopt calibrate` wrote", "file"
     )
+    levels: str | None = option(
+        None,
+        "teal: what `graphopt levels` wrote, a sparsity for each linear; the same for "
+        "all when left out",
+        "file",
+    )
 
     @model_validator(mode="after")
     def _belong(self) -> Self:
@@ -80,6 +86,8 @@ class NeuronOptions(Pass):
                 f"method = '{self.method}' needs thresholds = FILE; `graphopt "
                 "calibrate MODEL --text FILE` writes the file"
             )
+        if self.method != "teal" and self.levels is not None:
+            raise ValueError("levels belong to method = 'teal'; leave them out")
         return self
 
     @property

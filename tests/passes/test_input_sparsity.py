@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from transformers import DynamicCache
 
+from graphopt.calibration.levels import Levels
 from graphopt.calibration.observe import calibrate
 from graphopt.config import load_config
 from graphopt.errors import ConfigError
@@ -17,8 +18,8 @@ from graphopt.ir.match import op_name
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.outline import compile_outlined
 from graphopt.passes.base import PassContext
-from graphopt.passes.ffn import input_sparsity
-from graphopt.passes.ffn.input_sparsity import _Rule, sparsify
+from graphopt.passes.ffn import sparse_rule
+from graphopt.passes.ffn.input_sparsity import sparsify
 from graphopt.passes.ffn.neuron_mask import NeuronMask
 from tests.models import TINY, capture, copy_graph, token_ids
 from tests.rewriting import rewritten, traced
@@ -170,13 +171,32 @@ def test_what_is_left_alone(files, step):
 
 def test_a_gain_is_predicted_by_rows_and_device(files, step):
     _, found = files("llama")
-    rule = _Rule(0.5, False, "cpu", found)
+    rule = sparse_rule.Rule(0.5, False, "cpu", found)
     sites = ModelGraph(step()).linears[:1]
     assert rule.refusal(sites)[0] == "slower"
-    with mock.patch.dict(input_sparsity._CALL, {"cpu": 1e-9, "cuda": 1.0}):
+    with mock.patch.dict(sparse_rule._CALL, {"cpu": 1e-9, "cuda": 1.0}):
         assert rule.refusal(sites) is None
         assert codes(step(), found, force=False) == {"rewritten"}
         assert codes(step(), found, "cuda", force=False) == {"slower"}
+
+
+def test_levels_are_sparsities_of_their_own(files, step, tmp_path):
+    path, found = files("llama")
+    names = [n for n in found.inputs if "layers.0" in n or "layers.1.mlp" in n]
+    table = {name: 0.1 * (index + 1) for index, name in enumerate(names[:6])}
+    written = Levels(0.4, table).write(tmp_path / "levels.toml")
+    given = {"thresholds": path, "levels": str(written), "force": True}
+    item = NeuronMask(method="teal", sparsity=0.4, **given)
+    remarks = item.run(ModelGraph(step()), PassContext()).remarks
+    applied = [r.figures["threshold"] for r in remarks if r.kind == "applied"]
+    wanted = [found.threshold("input", *level) for level in table.items()]
+    assert sorted(applied) == pytest.approx(sorted(wanted))
+    assert {r.code for r in remarks if r.kind == "missed"} == {"dense"}
+    other = NeuronMask(method="teal", **given)
+    with pytest.raises(ConfigError, match=r"leave out 0\.4 and the config says 0\.5"):
+        other.run(ModelGraph(step()), PassContext())
+    with pytest.raises(ConfigError, match="levels belong to method = 'teal'"):
+        load_config('neuron-mask{method=cats,thresholds="x",levels="y"}')
 
 
 def test_thresholds_are_asked_for():
