@@ -95,7 +95,8 @@ def steps(model, ids, mask, forced, cache, chunk=None):
     mask, end = torch.cat((mask.long(), torch.ones_like(forced)), 1), 0
     for new in (*ids.split(chunk or ids.shape[1], 1), *forced.split(1, 1)):
         end += new.shape[1]
-        given = {"attention_mask": mask[:, :end], "past_key_values": cache}
+        seen = mask[:, :end].contiguous()  # strides of a part would be guarded
+        given = {"attention_mask": seen, "past_key_values": cache}
         with torch.no_grad():
             found = model(new, **given, use_cache=True, logits_to_keep=1)
         yield found.logits[:, -1]

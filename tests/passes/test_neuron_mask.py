@@ -153,10 +153,10 @@ def test_options_chunks_of_a_prompt_and_refreshed_neurons():
 
 
 def test_beams_of_a_network_gated_by_gelu():
-    model, ids = shallow("gemma3"), token_ids(2, 12)
+    model, ids = shallow("gemma3"), token_ids(2, 13)
     text = config("rows=each,force=true")
     asked = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
-    with masked(model, (0,), torch.ones(6, 12).bool(), each=True):
+    with masked(model, (0,), torch.ones(6, 13).bool(), each=True):
         expected = model.generate(ids, **asked)
     fast, cache = rewritten(model, text), new_cache(model, text)
     assert torch.equal(fast.generate(ids, **asked, past_key_values=cache), expected)
