@@ -120,5 +120,6 @@ class NeuronMask(NeuronOptions):
             "min_tokens": self.shortest,
             "refresh": self.refresh or 0,
             "force": self.force,
+            "counted": {"token_ratio": self.token_ratio, "criterion": self.criterion},
         }
         return {"masking": rule}

@@ -130,7 +130,7 @@ def test_files_of_clusters(tmp_path):
     shares = {0: torch.rand(2, 128), 5: torch.rand(2, 128)}
     path = tmp_path / "some.toml"
     Clusters(shares, {"model": 'a "b"', "seed": 3}).write(path)
-    found = read_clusters(path)
+    found = read_clusters(path).shares
     assert found.keys() == shares.keys()
     assert all(torch.equal(found[i], shares[i]) for i in shares)
     assert 'model = "a \\"b\\""' in path.read_text()
@@ -153,6 +153,9 @@ def test_files_of_clusters(tmp_path):
         graphopt.Cache.from_config(text(1), TINY["llama"]())
     with pytest.raises(ConfigError, match="128 neurons for layer 0, which has 256"):
         graphopt.Cache.from_config(text(0), TINY["gpt2"]())
+    Clusters(shares, {"criterion": "signed"}).write(path)
+    with pytest.raises(ConfigError, match="counted with criterion = 'signed'"):
+        graphopt.Cache.from_config(text(0), TINY["llama"]())
     path.write_text("seed = 3")
     with pytest.raises(ConfigError, match="no file of clusters"):
         read_clusters(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,8 @@ class Clusters:
         path.write_text("".join(lines), encoding="utf-8")
 
 
-def read_clusters(path: str | Path) -> Mapping[int, Tensor]:
-    """Return the shares [K, F] of each layer, float32; ConfigError for another file."""
+def read_clusters(path: str | Path) -> Clusters:
+    """Read what `Clusters.write` wrote; ConfigError for another file."""
     path = Path(path)
     try:
         about = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +51,8 @@ def read_clusters(path: str | Path) -> Mapping[int, Tensor]:
         raise ConfigError(f"{path}: cannot read the clusters: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    return {int(name): shares for name, shares in stored.items()}
+    shares = {int(name): tensor for name, tensor in stored.items()}
+    return Clusters(shares, about)
 
 
 def cluster_texts(counts: Tensor, clusters: int, seed: int) -> Tensor:

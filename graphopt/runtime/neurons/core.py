@@ -57,7 +57,7 @@ class CoreNeurons:
         options name has no FFN.
         """
         shapes = find_ffn_shapes(model)
-        clusters = _clusters(rule["clusters"])
+        clusters = _clusters(rule["clusters"], rule["counted"])
         layers = {}
         for index, shape in _wanted(model, shapes, rule["layers"]):
             kept = kept_neurons(shape.neurons, rule["keep"])
@@ -133,12 +133,21 @@ def _wanted(
     return found
 
 
-def _clusters(path: str | None) -> Mapping[int, Tensor] | None:
+def _clusters(
+    path: str | None, counted: Mapping[str, Any]
+) -> Mapping[int, Tensor] | None:
     if path is None:
         return None
     from graphopt.runtime.neurons.clusters import read_clusters
 
-    return read_clusters(path)
+    found = read_clusters(path)
+    for name, value in counted.items():
+        if (other := found.about.get(name, value)) != value:
+            raise ConfigError(
+                f"{path}: its texts were counted with {name} = {other!r}, and the "
+                f"config has {value!r}; make both the same"
+            )
+    return found.shares
 
 
 def _shares(
