@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from graphopt.calibration.levels import Levels
-from graphopt.calibration.observe import calibrate
 from graphopt.errors import ConfigError
 from graphopt.search.levels import find_levels
+from tests.calibration.observed import observed
 from tests.models import TINY, token_ids
 
 # Weights of a layer of the tiny Llama, by input.
@@ -22,7 +22,7 @@ def found():
     """Levels of a model of which attention in layer 0 does nothing."""
     model = TINY["llama"]().eval()
     torch.nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
-    calibration = calibrate(model, [token_ids(1, 40)])
+    calibration = observed(model, token_ids(1, 40))
     ids = torch.cat([token_ids(1, 24, seed) for seed in (1, 2)])
     return find_levels(model, ids, calibration, 0.3)
 
