@@ -15,6 +15,7 @@ from graphopt.ir.sites.linear import operands
 from graphopt.ir.stream.layers import Layer
 
 _SPELT = ("linear", "addmm")
+_READABLE = (*_SPELT, "graphopt.onednn_linear")  # the weights are those of the model
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Projection:
     @property
     def transposed(self) -> bool:
         """Tell whether the weight lies as [inputs, outputs]."""
-        return op_name(self.node) == "addmm"
+        return _is_transposed(self.node)
 
     @property
     def buffers(self) -> list[tuple[fx.Node, fx.Node, int]]:
@@ -123,8 +124,9 @@ def refusal(held: Held) -> tuple[str, str] | None:
     if len(held.layer.ffn) != 1:
         return "no-ffn", f"the layer has {len(held.layer.ffn)} feed-forward networks"
     site = held.layer.ffn[0]
-    for linear in {site.up, site.down, site.gate or site.up}:
-        if op_name(linear) not in _SPELT:
+    known = _SPELT if held.phase == "use" else _READABLE
+    for linear in (site.up, site.down, site.gate or site.up):
+        if op_name(linear) not in known:
             return "done", f"{linear.name} is spelt '{op_name(linear)}'"
     neurons = size_expr(site.neurons)
     if neurons != size_expr((shape_of(held.counts) or (0, 0))[1]):
@@ -139,9 +141,13 @@ def _projection(
     node: fx.Node, buffer: Any, bias_buffer: Any, fused: int, is_down: bool = False
 ) -> Projection:
     _, weight, bias = operands(node)
-    transposed = op_name(node) == "addmm"
+    transposed = _is_transposed(node)
     dim = int(transposed != is_down)
     return Projection(node, weight, bias, buffer, bias_buffer, dim, fused)
+
+
+def _is_transposed(linear: fx.Node) -> bool:
+    return op_name(linear) == "addmm" or linear.args[3:4] == (True,)
 
 
 def _misfit(projection: Projection, neurons: int, kept: int) -> str:

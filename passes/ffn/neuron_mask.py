@@ -100,6 +100,7 @@ class NeuronMask(NeuronOptions):
     never_after: ClassVar[Mapping[str, str]] = {
         "chunked-prefill": "the layers are in a loop that knows nothing of a cache",
         "packed-prefill": "packed rows hold several prompts, whose neurons differ",
+        "shadow-outlier": "it leaves int8 codes, and weights are gathered as floats",
     }
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:

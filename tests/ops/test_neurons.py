@@ -146,13 +146,14 @@ def test_all_neurons_in_order_are_the_weight():
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("flat", [False, True])
-def test_rows_have_weights_of_their_own(dtype, transposed, flat):
-    x, weight = torch.randn(3, 1, 24).to(dtype), torch.randn(3, 16, 24).to(dtype)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_rows_have_weights_of_their_own(dtype, transposed, flat, tokens):
+    x, weight = torch.randn(3, tokens, 24).to(dtype), torch.randn(3, 16, 24).to(dtype)
     bias = torch.randn(3, 16).to(dtype)
     expected = torch.einsum("bsk,bnk->bsn", x.double(), weight.double())
     expected = expected + bias.double()[:, None]
     given_weight = weight.mT.contiguous() if transposed else weight
-    x, expected = (t[:, 0] if flat else t for t in (x, expected))
+    x, expected = (t.flatten(0, 1) if flat else t for t in (x, expected))
     actual = row_linear(x, given_weight, bias, transposed)
     assert actual.dtype == dtype
     limit = TOLERANCE[dtype] * float(expected.abs().max())

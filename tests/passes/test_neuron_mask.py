@@ -13,6 +13,7 @@ from graphopt.ir.model_graph import ModelGraph
 from graphopt.passes.base import PassContext
 from graphopt.passes.ffn.neuron_mask import NeuronMask
 from graphopt.passes.ffn.options import middle_layers
+from graphopt.passes.linear.onednn_linear import OneDnnLinear
 from graphopt.runtime.neurons.clusters import Clusters
 from tests.models import TINY, capture, padding_mask, token_ids
 from tests.passes.neuron_oracle import decoded, masked, shallow, steps
@@ -219,6 +220,14 @@ def test_the_nearest_cluster_is_chosen(tmp_path):
     found = [op_name(node) for node in prefill.graph.nodes]
     assert "graphopt.nearest_neurons" in found
     assert "graphopt.choose_neurons" not in found
+
+
+def test_prompts_on_weights_laid_out_for_onednn_are_counted():
+    prefill = next(graphs("llama", config()))
+    OneDnnLinear(force=True).run(ModelGraph(prefill), PassContext())
+    found = [op_name(node) for node in prefill.graph.nodes]
+    assert "graphopt.onednn_linear" in found
+    assert codes(prefill) == ["rewritten", "memory"]
 
 
 def test_caches_that_cannot_be_made():
