@@ -26,7 +26,7 @@ def calibrate(
     model: nn.Module,
     texts: Sequence[torch.Tensor],
     *,
-    trim: float = 0.001,
+    trim: float = 0.003,
     say: Say = lambda *_: None,
 ) -> Calibration:
     """Return the ranges of ``model``'s activations over ``texts``, ids [1, tokens].

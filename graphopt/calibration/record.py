@@ -33,7 +33,7 @@ class Calibration:
 
     inputs: dict[str, InputStatistics] = field(default_factory=dict)
     gates: dict[str, Magnitudes] = field(default_factory=dict)
-    trim: float = 0.001
+    trim: float = 0.003
     about: dict[str, Any] = field(default_factory=dict)
     path: str = "calibration"
 

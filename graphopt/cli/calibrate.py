@@ -35,7 +35,7 @@ def calibrate(
         typer.Option(
             min=0.0, max=0.1, help="Share of values that the clipped range leaves out."
         ),
-    ] = 0.001,
+    ] = 0.003,
     out: Annotated[
         str, typer.Option(help="NAME.toml to write, with NAME.safetensors beside it.")
     ] = "calibration.toml",

@@ -17,9 +17,9 @@ from graphopt.passes.linear.int8_settings import InputSetting
 
 @dataclass(frozen=True)
 class Kept:
-    """Room: outlier channels of a call, float columns in memory, weights on a file."""
+    """Shares of a call's outliers and of float columns in memory; weights on a file."""
 
-    capacity: int
+    capacity: float
     hot: float
     on_file: bool
 

@@ -51,7 +51,7 @@ class ShadowOutlier(Pass):
         %c = graphopt.constants([0.031, 1.0, ...], 2)
         %s = getitem(%c, 0)
         %q = graphopt.quantize(%x, %s)
-        %y = graphopt.shadow_linear(%x, %weight, %bias, %q, %s, 64, 17, False, True)
+        %y = graphopt.shadow_linear(%x, %weight, %bias, %q, %s, 0.05, 144, False, True)
 
     Refuses when
 
@@ -76,11 +76,12 @@ class ShadowOutlier(Pass):
         None, "layers that are rewritten; all when left out"
     )
     head: bool = option(False, "rewrite the LM head too")
-    capacity: Annotated[int, Field(ge=1)] = option(
-        64, "most outlier channels of a call; with more it is made in float", "channels"
+    capacity: Annotated[float, Field(ge=0, le=1)] = option(
+        0.05,
+        "most of a call's values that have a shadow; with more it is made in float",
     )
     hot: Annotated[float, Field(ge=0, le=1)] = option(
-        0.03, "share of a weight's float columns that stay in memory"
+        0.25, "share of a weight's float columns that stay in memory"
     )
     weights: Literal["file", "memory"] = option(
         "file", "where the float weights are once there are codes"

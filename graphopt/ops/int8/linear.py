@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.codegen.cpp.outliers import outliers as find_outliers
 from graphopt.ops import linear_gradients
 from graphopt.ops.int8.codes import LEAST, MOST, ZERO, coded
 from graphopt.ops.int8.weights import Int8Weight, on_file
@@ -24,7 +23,8 @@ from graphopt.ops.prepared import Prepared
 _library = torch.library.Library("graphopt", "FRAGMENT")
 _library.define(
     "shadow_linear(Tensor input, Tensor weight, Tensor? bias, Tensor codes, "
-    "Tensor settings, int capacity, int room, bool transposed, bool on_file) -> Tensor"
+    "Tensor settings, float capacity, int room, bool transposed, bool on_file) "
+    "-> Tensor"
 )
 _library.define(
     "int8_linear(Tensor input, Tensor weight, Tensor? bias, bool transposed, "
@@ -47,7 +47,7 @@ def _prepare(weight: Tensor, transposed: bool, to_file: bool) -> Int8Weight:
     if found is None:
         found = store(weight)
         if to_file:
-            weight.data = on_file(weight)
+            weight.data, _ = on_file(weight)
             store.keep(weight, found)
     return found
 
@@ -66,33 +66,30 @@ def shadow_linear(
     bias: Tensor | None,
     codes: Tensor,
     settings: Tensor,
-    capacity: int,
+    capacity: float,
     room: int,
     transposed: bool,
     on_file: bool,
 ) -> Tensor:
     """Multiply int8 codes, and in float what lies beyond their range (the shadow).
 
-    ``codes`` and ``settings`` as in `graphopt.ops.int8.codes`. The values beyond are
-    those of few channels, which are multiplied with the weight's float columns (Xu et
-    al. 2025, llm.npu, section 3.3); ``room`` columns of a weight stay in memory. With
-    more than ``capacity`` channels the whole product is made in float.
+    ``codes`` and ``settings`` as in `graphopt.ops.int8.codes`. The few values beyond
+    are multiplied with the float columns of their channels (Xu et al. 2025, llm.npu,
+    section 3.3); ``room`` columns of a weight stay in memory. Where more than the share
+    ``capacity`` of the input lies beyond, the whole product is made in float.
     """
     scale, has_shadow = settings.tolist()
     held = _prepare(weight, transposed, on_file)
     result: Tensor = _product(codes, scale, held, bias)
-    if has_shadow and capacity:
+    if has_shadow:
+        plain = weight.t() if transposed else weight
         rows = input.reshape(-1, input.shape[-1])
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        ends = (LEAST * scale, MOST * scale)
-        found, channels, beyond = find_outliers(rows, *ends, capacity)
-        if found > capacity:
-            held.overflows += 1
-            return F.linear(input, weight.t() if transposed else weight, bias)
-        if found:
-            plain = weight.t() if transposed else weight
-            columns = held.columns_of(plain, room, on_file).take(channels)
-            result.view(-1, result.shape[-1]).addmm_(beyond, columns)
+        limit, ends = int(capacity * rows.numel()), (LEAST * scale, MOST * scale)
+        columns = held.columns_of(plain, room, on_file)
+        if columns.add(rows, ends, limit, result.view(rows.shape[0], -1)) > limit:
+            held.count_overflow()
+            return F.linear(input, plain, bias)
     return result.to(input.dtype)
 
 
@@ -123,7 +120,7 @@ def _(
     bias: Tensor | None,
     codes: Tensor,
     settings: Tensor,
-    capacity: int,
+    capacity: float,
     room: int,
     transposed: bool,
     on_file: bool,

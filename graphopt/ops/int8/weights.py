@@ -7,10 +7,13 @@ import tempfile
 import threading
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from graphopt.codegen.cache import cache_dir
+from graphopt.codegen.cpp.shadow import add_shadow
 from graphopt.errors import KernelError
 
 _MOST = 127.0
@@ -28,11 +31,11 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8).contiguous(), scales  # oneDNN reads no strides
 
 
-def on_file(tensor: Tensor) -> Tensor:
+def on_file(tensor: Tensor) -> tuple[Tensor, mmap.mmap]:
     """Return ``tensor`` as a private map of a file: memory only for what is touched.
 
-    The file has no name and goes with the map. Raises KernelError where it cannot be
-    written.
+    The map comes with it. The file has no name and goes with the map. Raises
+    KernelError where it cannot be written.
     """
     whole = tensor.detach().contiguous()
     try:
@@ -51,40 +54,43 @@ def on_file(tensor: Tensor) -> Tensor:
             f"{cache_dir()} ({error}): free some disk, set GRAPHOPT_CACHE_DIR, or keep "
             "them in memory with weights = 'memory'"
         ) from None
-    return torch.frombuffer(held, dtype=whole.dtype).view(whole.shape)
+    return torch.frombuffer(held, dtype=whole.dtype).view(whole.shape), held
 
 
 class ShadowColumns:
-    """The float columns of a weight [N, K], fetched by channel and kept while hot.
+    """The float columns of a weight [N, K], read by channel and kept while hot.
 
-    Few channels have most outliers (Xu et al. 2025, section 3.3, under 3 %), so those
-    that were asked for stay, up to ``room`` of them, the latest longest. ``columns``
-    [K, N] holds all; ``fetched`` and ``kept`` count what came from there and what was
-    there already.
+    Few channels have most outliers (Xu et al. 2025, section 3.3), so columns that were
+    read stay in memory until more than ``room`` of them are there; then all go back to
+    the file ``held`` and the hot ones are fetched again. ``fetched`` and ``kept`` count
+    the columns that a call read from there and those that were there already.
     """
 
-    def __init__(self, columns: Tensor, room: int) -> None:
-        self.columns, self.room = columns, room
-        self._hot: dict[int, Tensor] = {}
+    def __init__(self, columns: Tensor, room: int, held: mmap.mmap | None) -> None:
+        self.columns, self.room, self._held = columns, room, held
+        self._hot = np.zeros(columns.shape[0], dtype=bool)
         self._lock = threading.Lock()  # chunks of a prompt may run in threads
         self.fetched = self.kept = 0
 
-    def take(self, channels: Tensor) -> Tensor:
-        """Return the columns [C, N] of ``channels`` int32 [C]."""
-        with self._lock:
-            return torch.stack([self._one(channel) for channel in channels.tolist()])
-
-    def _one(self, channel: int) -> Tensor:
-        found = self._hot.pop(channel, None)
-        if found is None:
-            self.fetched += 1
-            found = self.columns[channel].clone()
-            if len(self._hot) >= max(self.room, 1):
-                self._hot.pop(next(iter(self._hot)))
-        else:
-            self.kept += 1
-        self._hot[channel] = found
+    def add(
+        self, rows: Tensor, ends: tuple[float, float], limit: int, out: Tensor
+    ) -> int:
+        """Add the shadow of ``rows`` to ``out``; see `graphopt.codegen.cpp.shadow`."""
+        used = torch.zeros(self.columns.shape[0], dtype=torch.uint8)
+        found = add_shadow(rows, *ends, self.columns, used, limit, out)
+        if found:
+            self._count(used.numpy().view(bool))
         return found
+
+    def _count(self, used: npt.NDArray[np.bool_]) -> None:
+        with self._lock:
+            kept = int(np.count_nonzero(used & self._hot))
+            self.kept += kept
+            self.fetched += int(np.count_nonzero(used)) - kept
+            self._hot |= used
+            if self._held is not None and np.count_nonzero(self._hot) > self.room:
+                self._held.madvise(mmap.MADV_DONTNEED)
+                self._hot[:] = False
 
 
 class Int8Weight:
@@ -92,7 +98,7 @@ class Int8Weight:
 
     ``packed``: the codes in oneDNN's layout, ``scales`` float32 [N] of its rows,
     ``zeros`` int64 [N] its zero points. ``overflows`` counts the calls that had more
-    outliers than room.
+    outliers than their capacity.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -108,9 +114,14 @@ class Int8Weight:
         with self._lock:
             if self.columns is None:
                 whole = weight.detach().t().contiguous().float()
-                whole = on_file(whole) if is_on_file else whole
-                self.columns = ShadowColumns(whole, room)
+                columns, held = on_file(whole) if is_on_file else (whole, None)
+                self.columns = ShadowColumns(columns, room, held)
             return self.columns
+
+    def count_overflow(self) -> None:
+        """Count a call that was made in float."""
+        with self._lock:
+            self.overflows += 1
 
     def statistics(self) -> dict[str, Any]:
         """Return counts of fetched and kept columns and of overflows."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graphopt.codegen.cpp.outliers import outliers
+from graphopt.codegen.cpp.shadow import add_shadow
 from graphopt.errors import KernelError
 from graphopt.ops.int8 import weights
 from graphopt.ops.int8.linear import prepared, statistics_of
@@ -32,7 +32,7 @@ def settings(x, is_shadowed, most=4.0):
     return torch.tensor([scale / 127, float(is_shadowed)])
 
 
-def run(x, weight, bias, row, capacity=8, room=2, transposed=False, to_file=False):
+def run(x, weight, bias, row, capacity=0.5, room=2, transposed=False, to_file=False):
     args = (quantize(x, row), row, capacity, room, transposed, to_file)
     return shadow(x, weight, bias, *args)
 
@@ -88,10 +88,10 @@ def test_a_shadow_is_nearer_than_a_scale_that_holds_everything():
 def test_more_outliers_than_room_are_multiplied_in_float_and_counted():
     x, weight, bias = operands(9, 64, 16, beyond=5)
     row = settings(x, True)
-    assert torch.equal(run(x, weight, bias, row, capacity=4), F.linear(x, weight, bias))
-    run(x, weight, bias, row, capacity=5)
-    counts = statistics_of(weight)
-    assert (counts["overflows"], counts["fetched"]) == (1, 5)
+    exact = run(x, weight, bias, row, capacity=4 / x.numel())
+    assert torch.equal(exact, F.linear(x, weight, bias))
+    assert not torch.equal(run(x, weight, bias, row, capacity=5 / x.numel()), exact)
+    assert statistics_of(weight)["overflows"] == 1
     assert statistics_of(bias) is None
 
 
@@ -100,25 +100,32 @@ def test_more_outliers_than_room_are_multiplied_in_float_and_counted():
 @pytest.mark.parametrize("rows", [1, 40])
 def test_outliers_are_found_wherever_they_are(rows, dtype):
     for width in (1, 15, 16, 127, 128, 200):
-        x = torch.randn(rows, width).clamp(-2, 2).to(dtype)
+        x, columns = torch.randn(rows, width), torch.randn(width, 19)
+        x = x.clamp(-2, 2).to(dtype)
         wanted = sorted({0, width // 2, width - 1})
         for channel in wanted:
             x[channel % rows, channel] = -9.0 if channel % 2 else 8.5
-        found, channels, beyond = outliers(x, -3.0, 2.5, 5)
-        assert (found, channels.tolist()) == (len(wanted), wanted)
-        clipped = x.float() - x.float().clamp(-3.0, 2.5)
-        assert torch.equal(beyond, clipped[:, wanted])
-    assert outliers(x, -3.0, 2.5, 1)[0] == 3
-    assert outliers(x, -99.0, 99.0, 1)[0] == 0
+        used, out = torch.zeros(width, dtype=torch.uint8), torch.randn(rows, 19)
+        beyond = x.double() - x.double().clamp(-3.0, 2.5)
+        expected = out.double() + beyond @ columns.double()
+        assert add_shadow(x, -3.0, 2.5, columns, used, 3, out) == len(wanted)
+        assert used.nonzero().flatten().tolist() == wanted
+        torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-5)
+    assert add_shadow(x, -3.0, 2.5, columns, used, 0, out) > 0
+    assert add_shadow(x, -99.0, 99.0, columns, used, 0, out) == 0
 
 
-def test_columns_stay_while_they_are_asked_for():
+@torch.no_grad()
+def test_columns_stay_while_there_is_room(kernel_cache):
     table = torch.randn(6, 4)
-    columns = ShadowColumns(table, room=2)
-    for channels in ([0, 1], [1], [2, 1], [0]):
-        taken = columns.take(torch.tensor(channels))
-        assert torch.equal(taken, table[channels])
-    assert (columns.fetched, columns.kept) == (4, 2)
+    columns = ShadowColumns(*on_file(table)[:1], 2, on_file(table)[1])
+    for channels in ([0, 1], [1], [2], [1]):
+        x, out = torch.zeros(1, 6), torch.zeros(1, 4)
+        x[:, channels] = 3.0
+        columns.add(x, (-1.0, 1.0), 6, out)
+        torch.testing.assert_close(out[0], 2 * table[channels].sum(0))
+    # The third call has one more than there is room for, and all go.
+    assert (columns.fetched, columns.kept) == (4, 1)
 
 
 @torch.no_grad()
@@ -160,7 +167,7 @@ def test_rows_of_zeros():
 def test_are_operators_with_straight_through_derivatives():
     x, weight, bias = operands(3, 16, 8)
     row = settings(x, False)
-    args = (x, weight, bias, quantize(x, row), row, 8, 2, False, False)
+    args = (x, weight, bias, quantize(x, row), row, 0.5, 2, False, False)
     torch.library.opcheck(shadow, args)
     torch.library.opcheck(dynamic, (x, weight, bias, False, False))
     leaf = x.clone().requires_grad_()
