@@ -1,11 +1,11 @@
 """What does a whole model gain in int8, and what does it cost in fidelity and memory?
 
 SmolLM2 on real text, prefill with keys and values kept: `shadow-outlier` against dense
-compiled Inductor, with all shadows, with half and 85 % (the default) of them pruned, with
-none, and with a scale a token; and with sparse attention. Ranges are
-calibrated on text behind that which is measured. Agreement is that of the next-token
-distributions at the last 256 positions. Memory is what is resident after a warm run of
-each side in a process of its own.
+compiled Inductor, with all shadows, with half and 85 % (the default) of them pruned,
+with none, and with a scale a token; and with sparse attention. Ranges are calibrated on
+text behind that which is measured. Agreement is that of the next-token distributions at
+the last 256 positions. Memory is what is resident after a warm run of each side in a
+process of its own.
 """
 
 from __future__ import annotations

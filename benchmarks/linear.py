@@ -1,13 +1,13 @@
 """How fast are linears over few rows, and over many in int8?
 
-Few rows: BLAS (``F.linear``) against the dot products of `skinny-linear`, compiled by Inductor,
-over enough matrices that none stays in a cache; GB/s counts every weight once. Sizes
-are those of FFNs of 135 M to 8 B parameters, [N, K].
+Few rows: BLAS (``F.linear``) against the dot products of `skinny-linear`, compiled by
+Inductor, over enough matrices that none stays in a cache; GB/s counts every weight
+once. Sizes are those of FFNs of 135 M to 8 B parameters, [N, K].
 
 Many rows: ``F.linear`` in float32 against `shadow-outlier` (codes made by Inductor, the
-int8 product, the shadow of 0.3 % of the values), the same without outliers, a scale a token,
-and `onednn-linear` in float32, over the linears of a SmolLM2 layer; the speedup is that
-of all seven linears together.
+int8 product, the shadow of 0.3 % of the values), the same without outliers, a scale a
+token, and `onednn-linear` in float32, over the linears of a SmolLM2 layer; the speedup
+is that of all seven linears together.
 """
 
 from __future__ import annotations
