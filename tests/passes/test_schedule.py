@@ -124,7 +124,7 @@ def test_out_of_order_is_in_order_bit_for_bit(name, compile_one):
     longer = [n for n in LENGTHS if n > WINDOW or name == "llama"]
     prompts = [token_ids(2, length, seed=length) for length in longer]
     want = [loop(ids) for ids in prompts]
-    for _ in range(6):  # warm, measured twice, tried twice, decided
+    for _ in range(7):  # warm, measured twice, tried, measured, tried, decided
         assert_equal(fast(prompts[0]), want[0])
     assert_told(fast.remarks)
     for policy in (*POLICIES.values(), *map(shuffled, range(3))):
@@ -206,7 +206,7 @@ def test_by_the_backend(monkeypatch):
     options = {"config": f"{CHUNKED},schedule{{force=true}}"}
     fast = torch.compile(model, backend="graphopt", options=options, dynamic=True)
     want = model(ids).logits
-    for _ in range(7):
+    for _ in range(8):
         torch.testing.assert_close(fast(ids).logits, want, atol=2e-5, rtol=1e-4)
     assert compiled == [True, True, True, False, False]  # the groups, and around them
     report = last_reports()[-1]

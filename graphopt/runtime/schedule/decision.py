@@ -21,8 +21,9 @@ TRIALS = 2  # runs of a plan that are measured before it is kept
 class Decision:
     """The plan for prompts of so many chunks, and what was found of it, in seconds.
 
-    ``in_order`` is what one chunk after the other takes with all of the machine; with
-    ``force`` the plan runs even where it is slower.
+    ``in_order`` is what one chunk after the other takes with all of the machine, the
+    best of two runs: one before the plan was made, one between its trials, for other
+    work may have slowed the first. With ``force`` the plan runs even if it is slower.
     """
 
     dag: Dag
@@ -30,6 +31,16 @@ class Decision:
     in_order: float
     force: bool = False
     measured: list[float] = field(default_factory=list)
+    checked: bool = False
+
+    def check(self, seconds: float) -> None:
+        """Take over what in-order takes by now."""
+        self.in_order, self.checked = min(self.in_order, seconds), True
+
+    @property
+    def wants_check(self) -> bool:
+        """Tell whether the next prompt is to run in order and to be measured."""
+        return self.promising and bool(self.measured) and not self.checked
 
     @property
     def promising(self) -> bool:
@@ -64,10 +75,9 @@ class Decision:
 
     def text(self) -> str:
         """Return one sentence for a remark."""
-        if not self.promising:
-            found = f"{self.plan.asked} is predicted to take {self.plan.makespan:.4g} s"
-        else:
-            found = f"{self.plan.asked} takes {min(self.measured):.4g} s"
+        asked, best = self.plan.asked, min(self.measured, default=None)
+        found = f"{asked} takes {best:.4g} s" if best is not None else ""
+        found = found or f"{asked} is predicted to take {self.plan.makespan:.4g} s"
         kept = self.plan.asked if self.runs_plan else IN_ORDER
         return f"{found}, in-order {self.in_order:.4g} s: {kept} is kept"
 

@@ -37,9 +37,10 @@ class LoopScheduler:
 
     The first prompts run in order: one to warm up, one measured with all of the
     machine, one with a single processor's share. From then on a plan is simulated for
-    each number of chunks; where it is predicted to be faster it is tried, and kept if
-    it is. All prompts run the same compiled groups on the same tensors. With autograd
-    on, and prompts of one chunk, run in order.
+    each number of chunks; where it is predicted to be faster it is tried twice, with a
+    measured run in order in between, and kept if it is. All prompts run the same
+    compiled groups on the same tensors. With autograd on, and prompts of one chunk, run
+    in order.
 
     ``tell`` is given a remark for each decision.
     """
@@ -70,7 +71,7 @@ class LoopScheduler:
         elif not known.share.covers(call.pasts):
             known.share.note(call.pasts, machine.timed_alone(runs, groups))
         else:
-            self._run(machine, runs, call, self._decision(call, known, machine))
+            self._run(machine, runs, call, known)
 
     def _made_for_now(self) -> Machine:
         """Return the machine; a new one when torch's number of threads has changed."""
@@ -116,17 +117,23 @@ class LoopScheduler:
         return known.decisions[key]
 
     def _run(
-        self, machine: Machine, runs: list[ChunkRun], call: LoopCall, found: Decision
+        self, machine: Machine, runs: list[ChunkRun], call: LoopCall, known: _Known
     ) -> None:
-        if not found.runs_plan:
-            machine.in_order(runs, len(self.program.groups))
-        elif found.settled:
-            machine.out_of_order(runs, found.dag, found.plan.timeline)
+        found, groups = self._decision(call, known, machine), len(self.program.groups)
+        if found.settled:
+            if found.runs_plan:
+                machine.out_of_order(runs, found.dag, found.plan.timeline)
+            else:
+                machine.in_order(runs, groups)
+            return
+        if found.wants_check:
+            known.whole.note(call.pasts, machine.timed(runs, groups))
+            found.check(known.whole.total(call.pasts))
         else:
             seconds = machine.seconds(runs, found.dag, found.plan.timeline)
             found.measured.append(seconds)
-            if found.settled:
-                self._report(call, found)
+        if found.settled:
+            self._report(call, found)
 
     def _report(self, call: LoopCall, found: Decision) -> None:
         shape = f"{len(call.pasts)} chunks of {call.batch} rows"
