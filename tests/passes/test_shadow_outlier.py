@@ -125,7 +125,6 @@ def test_layers(scales):
     [
         "chunked-prefill{chunk=16}",
         "packed-prefill",
-        "sparse-attention{sink=4,window=8,force=true}",
         "token-drop{schedule=[{layer=1,keep=0.5}],force=true}",
     ],
 )
