@@ -6,18 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graphopt.calibration import Calibration
 from graphopt.ir.match import value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.sites.linear import LinearSite
 from graphopt.ir.stream.layers import Layer
 from graphopt.passes.base import PassContext, PassResult
 from graphopt.passes.ffn.options import NeuronOptions
-from graphopt.passes.ffn.sparse_rule import (
-    Calibrated,
-    Rule,
-    read_calibration,
-    read_levels,
-)
+from graphopt.passes.ffn.sparse_rule import Calibrated, Rule, read_levels
 from graphopt.passes.ffn.sparse_sites import (
     GatedSite,
     Thresholds,
@@ -41,7 +37,7 @@ def rewrite(
     if model.kind != "decode":
         return _nothing("not-decode", f"its {model.tokens} tokens share the weights")
     assert options.thresholds is not None  # which the options see to
-    found = read_calibration(options.thresholds)
+    found = Calibration.read(options.thresholds)
     return sparsify(model, options, context, found)
 
 

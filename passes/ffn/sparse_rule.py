@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import torch
 
-from graphopt.calibration import Calibration
 from graphopt.calibration.levels import Levels
 from graphopt.codegen.cpp.sparse_linear import MOST_ROWS
 from graphopt.errors import ConfigError
@@ -32,15 +30,8 @@ class Calibrated(Protocol):
         ...
 
 
-@cache
-def read_calibration(path: str) -> Calibration:
-    """Read a calibration once for all graphs of a process."""
-    return Calibration.read(path)
-
-
-@cache
 def read_levels(path: str, sparsity: float) -> Levels:
-    """Read levels once; ConfigError where they were made for another sparsity."""
+    """Read levels; ConfigError where they were made for another sparsity."""
     levels = Levels.read(path)
     if levels.sparsity != sparsity:
         raise ConfigError(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from graphopt.calibration.levels import Levels
+from graphopt.cli import levels as command
 from graphopt.errors import ConfigError
 from graphopt.search.levels import find_levels
 from tests.calibration.observed import observed
 from tests.models import TINY, token_ids
+from tests.search.letters import Letters, prose
 
 # Weights of a layer of the tiny Llama, by input.
 SIZES = {"q_proj": 64, "k_proj": 32, "v_proj": 32, "o_proj": 64}
@@ -62,3 +67,20 @@ def test_a_file(found, tmp_path):
     path.write_text("levels = 3")
     with pytest.raises(ConfigError, match="no levels that can be read"):
         Levels.read(path)
+
+
+def test_the_command_writes_a_file(tmp_path, monkeypatch, capsys):
+    model = TINY["llama"]().eval()
+    observed(model, token_ids(1, 40)).write(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text(prose(400))
+    loaded = SimpleNamespace(model=model, tokenizer=Letters())
+    monkeypatch.setattr(command, "load_with_text", lambda *_: loaded)
+    given = {"text": f"{tmp_path}/text.txt", "tokens": 16, "samples": 2, "step": 0.1}
+    given |= {"out": f"{tmp_path}/levels.toml", "seed": 1, "dtype": "float32"}
+    command.levels("tiny", f"{tmp_path}/tiny.toml", 0.2, as_json=True, **given)
+    assert json.loads(capsys.readouterr().out)["linears"] == 14
+    found = Levels.read(tmp_path / "levels.toml")
+    assert found.sparsity == 0.2 and found.about["model"] == "tiny"
+    given["out"] = "no/folder/levels.toml"
+    with pytest.raises(ConfigError, match="there is no folder no/folder"):
+        command.levels("tiny", f"{tmp_path}/tiny.toml", 0.2, **given)
