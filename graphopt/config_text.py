@@ -52,7 +52,10 @@ def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
-        raise ConfigError(f"config: cannot read the value '{text}'") from None
+        raise ConfigError(
+            f"config: cannot read the value '{text}': a path or other text with more "
+            "than letters, digits, '-' and '_' stands in quotes"
+        ) from None
 
 
 def _split(text: str, separator: str) -> list[str]:
