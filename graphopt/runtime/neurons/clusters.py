@@ -52,7 +52,7 @@ def read_clusters(path: str | Path) -> Clusters:
         raise ConfigError(f"{path}: cannot read the clusters: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    # Arrays, since files of tensors cannot be read where all tensors are fake (explain).
+    # Arrays: a file of tensors cannot be read where all tensors are fake (explain).
     shares = {int(name): torch.tensor(array) for name, array in stored.items()}
     return Clusters(shares, about)
 
