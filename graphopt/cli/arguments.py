@@ -31,6 +31,12 @@ Tokens = Annotated[
     int,
     typer.Option("--tokens", "-n", min=2, help="Length of the prompt, in tokens."),
 ]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        "--text", help="A text file; CPython's language reference when left out."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 Dtype = Annotated[
     str, typer.Option("--dtype", help="float32, bfloat16 or float16 for the weights.")

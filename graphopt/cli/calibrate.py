@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphopt.cli.arguments import Dtype, Json, Model, load_with_text
+from graphopt.cli.arguments import Dtype, Json, Model, Text, load_with_text
 from graphopt.cli.output import print_json, print_table
 from graphopt.cli.progress import progress_bar
 from graphopt.errors import ConfigError
@@ -20,10 +20,7 @@ _SHOWN = 10
 
 def calibrate(
     model: Model,
-    text: Annotated[
-        str | None,
-        typer.Option(help="A text file; CPython's language reference when left out."),
-    ] = None,
+    text: Text = None,
     tokens: Annotated[
         int, typer.Option("--tokens", "-n", min=16, help="Tokens of an excerpt.")
     ] = 512,

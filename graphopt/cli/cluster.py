@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.arguments import Dtype, Json, Model, load_with_text
+from graphopt.cli.arguments import Dtype, Json, Model, Text, load_with_text
 from graphopt.cli.output import print_json, print_table
 from graphopt.cli.progress import progress_bar
 from graphopt.errors import ConfigError
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 def cluster(
     model: Model,
-    text: Annotated[
-        str | None,
-        typer.Option(help="A text file; CPython's language reference when left out."),
-    ] = None,
+    text: Text = None,
     clusters: Annotated[int, typer.Option("-k", min=1, help="Clusters.")] = 8,
     tokens: Annotated[
         int, typer.Option("--tokens", "-n", min=8, help="Tokens of a passage.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.arguments import Dtype, Json, Model, load_with_text
+from graphopt.cli.arguments import Dtype, Json, Model, Text, load_with_text
 from graphopt.cli.output import print_json, print_table
 from graphopt.cli.progress import progress_bar
 from graphopt.errors import ConfigError
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 def search(
     model: Model,
-    text: Annotated[
-        str | None,
-        typer.Option(help="A text file; CPython's language reference when left out."),
-    ] = None,
+    text: Text = None,
     tokens: Annotated[
         int, typer.Option("--tokens", "-n", min=128, help="Tokens of it to attend to.")
     ] = 8192,
