@@ -212,7 +212,6 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(fidelity, "RETRIEVAL", (500,))
     monkeypatch.setattr(fidelity, "_partial_path", lambda: tmp_path / "it.partial")
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(harness, "wait_for_quiet", lambda: None)
     return tmp_path
 
 

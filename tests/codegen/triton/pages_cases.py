@@ -78,7 +78,6 @@ SINGLE = [
     Case(pages=2, rings=(0,), steps=(100, 1), budget=2),
     Case(steps=(1, 1, 70, 200, 64, 1), kind="int4", dtype=torch.float16),
     Case(masked="blind", rings=(1,)),
-    Case(extremes=False),
     Case(extremes=False, kind="int8", dtype=torch.float16, rings=(1,), dims=(80, 64)),
     Case(extremes=False, kind="int4", dtype=torch.bfloat16),
 ]
