@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graphopt.ops import linear_gradients
 from graphopt.ops.int8.codes import LEAST, MOST, ZERO, coded
-from graphopt.ops.int8.weights import Int8Weight, on_file
+from graphopt.ops.int8.weights import Int8Weight, on_file, page_out
 from graphopt.ops.prepared import Prepared
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
@@ -47,7 +47,9 @@ def _prepare(weight: Tensor, transposed: bool, to_file: bool) -> Int8Weight:
     if found is None:
         found = store(weight)
         if to_file:
+            loaded = weight.detach()
             weight.data, _ = on_file(weight)
+            page_out(loaded)
             store.keep(weight, found)
     return found
 
