@@ -87,11 +87,13 @@ class Calibration:
             *(f"{key} = {json.dumps(value)}" for key, value in self.about.items()),
         ]
         for name, held in self.inputs.items():
-            clipped, highest = held.clipped(self.trim), held.maximum
             lines += ["", "[[linear]]", f"name = {json.dumps(name)}"]
-            lines += [f"tokens = {held.tokens}", f"clipped = {clipped:.6g}"]
-            lines += [f"maximum = {highest:.6g}"]
-            lines += [f"importance = {highest / clipped if clipped else 1.0:.4g}"]
+            lines += [
+                f"tokens = {held.tokens}",
+                f"clipped = {held.clipped(self.trim):.6g}",
+            ]
+            lines += [f"maximum = {held.maximum:.6g}"]
+            lines += [f"importance = {held.importance(self.trim):.4g}"]
         return "\n".join(lines) + "\n"
 
     @staticmethod

@@ -96,3 +96,8 @@ class InputStatistics:
     def clipped(self, trim: float) -> float:
         """Return the magnitude that the share ``trim`` of the values lie beyond."""
         return min(self.magnitudes.quantile(1.0 - trim), self.maximum)
+
+    def importance(self, trim: float) -> float:
+        """Return how many times the clipped magnitude the largest one is."""
+        clipped = self.clipped(trim)
+        return self.maximum / clipped if clipped > 0 else 1.0

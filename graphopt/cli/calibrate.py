@@ -72,8 +72,7 @@ def calibrate(
 def _print(found: Calibration, paths: tuple[Path, Path], as_json: bool) -> None:
     rows = []
     for name, held in found.inputs.items():
-        clipped = held.clipped(found.trim)
-        importance = held.maximum / clipped if clipped else 1.0
+        clipped, importance = held.clipped(found.trim), held.importance(found.trim)
         channels = int((held.outliers > 0).sum())
         rows.append((name, clipped, held.maximum, importance, channels))
     rows.sort(key=lambda row: -row[3])

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from graphopt.calibration import Calibration, InputStatistics
 from graphopt.calibration.names import find_name
-
-_MOST = 127.0
+from graphopt.ops.int8.codes import MOST
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def read_settings(path: str, prune: float) -> Settings:
 def _read(path: str, prune: float, written: int) -> Settings:
     """``written``: when; a file that was written anew is read anew."""
     held = Calibration.read(path)
-    order = sorted(held.inputs, key=lambda n: _importance(held.inputs[n], held.trim))
+    order = sorted(held.inputs, key=lambda n: held.inputs[n].importance(held.trim))
     pruned = set(order[: round(prune * len(order))])
     return Settings(
         {
@@ -56,11 +55,6 @@ def _read(path: str, prune: float, written: int) -> Settings:
     )
 
 
-def _importance(found: InputStatistics, trim: float) -> float:
-    clipped = found.clipped(trim)
-    return found.maximum / clipped if clipped > 0 else 1.0
-
-
 def _setting(found: InputStatistics, trim: float, shadow: bool) -> InputSetting:
     most = found.clipped(trim) if shadow else found.maximum
-    return InputSetting(most / _MOST if most > 0 else 1.0, shadow)
+    return InputSetting(most / MOST if most > 0 else 1.0, shadow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -11,11 +12,11 @@ from pydantic import Field
 from graphopt.ir.constants import is_parameter
 from graphopt.ir.match import value_of
 from graphopt.ir.model_graph import ModelGraph
-from graphopt.ir.replace import call, substitute
 from graphopt.ir.sites.linear import LinearSite
 from graphopt.ops.onednn_linear import available
 from graphopt.passes.base import Pass, PassContext, PassResult, option
-from graphopt.remarks import Remark, applied, missed
+from graphopt.passes.linear.visit import replace_linear, visit_linears
+from graphopt.remarks import Remark, applied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +58,16 @@ class OneDnnLinear(Pass):
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Rewrite every linear over a parameter."""
-        sites = model.linears
-        remarks = [self._visit(model, i, site, context) for i, site in enumerate(sites)]
-        changed = any(r.kind == "applied" for r in remarks)
-        return PassResult(changed, tuple(remarks), {"sites": len(remarks)})
 
-    def _visit(
-        self, model: ModelGraph, index: int, site: LinearSite, context: PassContext
-    ) -> Remark:
-        name = f"linear[{index}]"
-        if refusal := self._refusal(site, context):
-            return missed(name, *refusal)
-        graph = model.gm.graph
-        with graph.inserting_before(site.node):
-            args = (site.input, site.weight, site.bias, site.transposed)
-            node = call(graph, torch.ops.graphopt.onednn_linear.default, args)
-        substitute(model.gm, site.node, node)
-        weight = value_of(site.weight)
-        size = weight.numel() * weight.itemsize
-        text = f"a second copy of {size / 1e6:.1f} MB in oneDNN's layout"
-        return applied(name, text, bytes=size)
+        def rewrite(name: str, site: LinearSite) -> Remark:
+            op = torch.ops.graphopt.onednn_linear.default
+            replace_linear(model, site, op, site.transposed)
+            weight = value_of(site.weight)
+            size = weight.numel() * weight.itemsize
+            text = f"a second copy of {size / 1e6:.1f} MB in oneDNN's layout"
+            return applied(name, text, bytes=size)
+
+        return visit_linears(model, partial(self._refusal, context=context), rewrite)
 
     def _refusal(
         self, site: LinearSite, context: PassContext

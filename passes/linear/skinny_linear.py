@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -10,10 +11,10 @@ from pydantic import Field
 
 from graphopt.ir.match import value_of
 from graphopt.ir.model_graph import ModelGraph
-from graphopt.ir.replace import call, substitute
 from graphopt.ir.sites.linear import LinearSite
 from graphopt.passes.base import Pass, PassContext, PassResult, option
-from graphopt.remarks import Remark, applied, missed
+from graphopt.passes.linear.visit import replace_linear, visit_linears
+from graphopt.remarks import Remark, applied
 
 # Rows up to which dot products read weights faster than BLAS multiplies, on a CPU
 # (benchmarks/linear.py); other types are served as fast by BLAS.
@@ -59,24 +60,13 @@ class SkinnyLinear(Pass):
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Rewrite every linear over few rows."""
-        sites = model.linears
-        remarks = [self._visit(model, i, site, context) for i, site in enumerate(sites)]
-        changed = any(r.kind == "applied" for r in remarks)
-        return PassResult(changed, tuple(remarks), {"sites": len(remarks)})
 
-    def _visit(
-        self, model: ModelGraph, index: int, site: LinearSite, context: PassContext
-    ) -> Remark:
-        name = f"linear[{index}]"
-        if refusal := self._refusal(site, context):
-            return missed(name, *refusal)
-        rows = site.rows
-        graph = model.gm.graph
-        with graph.inserting_before(site.node):
-            args = (site.input, site.weight, site.bias)
-            node = call(graph, torch.ops.graphopt.skinny_linear.default, args)
-        substitute(model.gm, site.node, node)
-        return applied(name, f"{rows} row(s) as dot products", rows=rows)
+        def rewrite(name: str, site: LinearSite) -> Remark:
+            rows = site.rows
+            replace_linear(model, site, torch.ops.graphopt.skinny_linear.default)
+            return applied(name, f"{rows} row(s) as dot products", rows=rows)
+
+        return visit_linears(model, partial(self._refusal, context=context), rewrite)
 
     def _refusal(
         self, site: LinearSite, context: PassContext

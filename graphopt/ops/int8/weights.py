@@ -17,8 +17,7 @@ from torch import Tensor
 from graphopt.codegen.cache import cache_dir
 from graphopt.codegen.cpp.shadow import add_shadow
 from graphopt.errors import KernelError
-
-_MOST = 127.0
+from graphopt.ops.int8.codes import MOST
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,9 +26,9 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     A row of zeros gets the scale 1.
     """
     wide = weight.float()
-    scales = wide.abs().amax(1) / _MOST
+    scales = wide.abs().amax(1) / MOST
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    codes = (wide / scales[:, None]).round_().clamp_(-_MOST, _MOST)
+    codes = (wide / scales[:, None]).round_().clamp_(-MOST, MOST)
     return codes.to(torch.int8).contiguous(), scales  # oneDNN reads no strides
 
 
