@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,6 +42,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 Dtype = Annotated[
     str, typer.Option("--dtype", help="float32, bfloat16 or float16 for the weights.")
 ]
+
+
+def writable(out: str) -> Path:
+    """Return the path of ``--out``; ConfigError where its folder is missing."""
+    from graphopt.errors import ConfigError
+
+    path = Path(out)
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--out {path}: there is no folder {path.parent}")
+    return path
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphopt.cli.arguments import Dtype, Json, Model, Text, load_with_text
+from graphopt.cli.arguments import Dtype, Json, Model, Text, load_with_text, writable
 from graphopt.cli.output import print_json, print_table
 from graphopt.cli.progress import progress_bar
-from graphopt.errors import ConfigError
 
 if TYPE_CHECKING:
     from graphopt.calibration import Calibration
@@ -51,8 +50,7 @@ def calibrate(
     from graphopt.search.texts import read_text
 
     source = read_text(text)
-    if not Path(out).absolute().parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {Path(out).parent}")
+    path = writable(out)
     loaded = load_with_text(model, dtype)
     texts = [source.excerpt(loaded.tokenizer, tokens, seed + i) for i in range(samples)]
     with progress_bar() as say:
@@ -66,7 +64,7 @@ def calibrate(
         "seed": seed,
         "dtype": dtype,
     }
-    _print(found, found.write(out), as_json)
+    _print(found, found.write(path), as_json)
 
 
 def _print(found: Calibration, paths: tuple[Path, Path], as_json: bool) -> None:

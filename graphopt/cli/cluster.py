@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.arguments import Dtype, Json, Model, Text, load_with_text
+from graphopt.cli.arguments import Dtype, Json, Model, Text, load_with_text, writable
 from graphopt.cli.output import print_json, print_table
 from graphopt.cli.progress import progress_bar
 from graphopt.errors import ConfigError
@@ -52,9 +52,7 @@ def cluster(
 
     if criterion not in ("abs", "signed"):
         raise ConfigError(f"--criterion {criterion}: use abs or signed")
-    source, path = read_text(text), Path(out)
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--out {path}: there is no folder {path.parent}")
+    source, path = read_text(text), writable(out)
     loaded = load_with_text(model, dtype)
     cut = _cut(source.ids(loaded.tokenizer), tokens, passages)
     if len(cut) < clusters:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphopt.cli.arguments import Dtype, Json, Model, Text, load_with_text
+from graphopt.cli.arguments import Dtype, Json, Model, Text, load_with_text, writable
 from graphopt.cli.output import print_json, print_table
 from graphopt.cli.progress import progress_bar
-from graphopt.errors import ConfigError
 
 if TYPE_CHECKING:
     from graphopt.calibration.levels import Levels
@@ -49,8 +48,7 @@ def levels(
     from graphopt.search.texts import read_text
 
     source, held = read_text(text), Calibration.read(thresholds)
-    if not Path(out).absolute().parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {Path(out).parent}")
+    path = writable(out)
     loaded = load_with_text(model, dtype)
     import torch
 
@@ -61,7 +59,7 @@ def levels(
         )
     found.about = {"model": model, "thresholds": thresholds, "text": source.origin}
     found.about |= {"tokens": tokens, "samples": samples, "seed": seed, "step": step}
-    _print(found, found.write(out), as_json)
+    _print(found, found.write(path), as_json)
 
 
 def _print(found: Levels, path: Path, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.arguments import Dtype, Json, Model, Text, load_with_text
+from graphopt.cli.arguments import Dtype, Json, Model, Text, load_with_text, writable
 from graphopt.cli.output import print_json, print_table
 from graphopt.cli.progress import progress_bar
 from graphopt.errors import ConfigError
@@ -68,9 +68,7 @@ def search(
     if gates and (budget or sizes):
         raise ConfigError("--gates times nothing: leave --budget and --sizes out")
     source = read_text(text)
-    path = Path(out or ("gates.tsv" if gates else "heads.toml"))
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--out {path}: there is no folder {path.parent}")
+    path = writable(out or ("gates.tsv" if gates else "heads.toml"))
     loaded = load_with_text(model, dtype)
     if gates:
         sizes_of_training = {"steps": steps, "context": context, "batch": batch}
