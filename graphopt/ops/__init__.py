@@ -5,6 +5,7 @@ from graphopt.ops.attention import attention
 from graphopt.ops.block_list import BlockList
 from graphopt.ops.block_selection import select_blocks
 from graphopt.ops.int8 import shadow_linear
+from graphopt.ops.logits import combine_logits, combine_sample, sample_logits
 from graphopt.ops.onednn_linear import onednn_linear
 from graphopt.ops.packed import packed_attention
 from graphopt.ops.reference import attention_reference
@@ -22,9 +23,12 @@ __all__ = [
     "append_rows",
     "attention",
     "attention_reference",
+    "combine_logits",
+    "combine_sample",
     "keep_tokens",
     "onednn_linear",
     "packed_attention",
+    "sample_logits",
     "select_blocks",
     "select_vertical_slash",
     "shadow_linear",
