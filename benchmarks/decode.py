@@ -16,31 +16,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
+from benchmarks.decoding import Case, Side, cache_bytes, fill, past
 from benchmarks.harness import compare, keep, watched
 from graphopt.agreement import agreement
 from graphopt.models import load
-from graphopt.runtime.cache import Cache
 from graphopt.texts import language_reference
 
 STEPS = 16  # tokens of a timed run
-
-
-@dataclass(frozen=True)
-class Case:
-    """A row: graphopt's ``config`` and what its cache keeps."""
-
-    name: str
-    config: str
-    kv_dtype: Any = None
-    statistics: Any = "spread"
-    paged: bool = True
-
 
 SKINNY = "skinny-linear"
 CASES = (
@@ -69,7 +56,7 @@ def main(quick: bool = False) -> dict[str, Any]:
     cases = tuple(c for c in CASES if not quick or c.name in QUICK)
     made = _sides(prompt.shape[1], cases)
     sides = {name: side(model) for name, side in made.items()}
-    _fill([side.cache for side in sides.values()], _past(model, prompt))
+    fill([side.cache for side in sides.values()], past(model, prompt))
     logits = {name: side.run(following) for name, side in sides.items()}
     peaks: dict[str, float] = {}
     timed = {
@@ -85,7 +72,7 @@ def main(quick: bool = False) -> dict[str, Any]:
             "tokens_per_second": round(STEPS / found[name].best, 2),
             "speedup": round(dense / found[name].best, 3),
             **agreement(logits["dense"], logits[name]),
-            "cache_mb": round(_cache_bytes(side.cache) / 1e6, 1),
+            "cache_mb": round(cache_bytes(side.cache) / 1e6, 1),
             "step_peak_mb": round(peaks[name], 1),
             "utilisation": round(found[name].utilisation, 3),
         }
@@ -94,30 +81,6 @@ def main(quick: bool = False) -> dict[str, Any]:
     for row in rows:
         print(json.dumps(row), file=sys.stderr, flush=True)
     return keep("decode", rows, _summary(rows), quick=quick)
-
-
-@dataclass
-class Side:
-    """A model and the cache that it decodes with."""
-
-    model: Callable[..., Any]
-    cache: Any
-
-    @torch.no_grad()
-    def run(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Feed ``tokens`` [1, S] one by one, then forget them; logits [S, vocab]."""
-        before = int(self.cache.get_seq_length())
-        logits = [self._step(token) for token in tokens[0]]
-        if isinstance(self.cache.get_seq_length(), int):
-            self.cache.crop(-len(logits))
-        else:
-            for layer in self.cache.layers:
-                layer.cumulative_length.fill_(before)
-        return torch.stack(logits)
-
-    def _step(self, token: torch.Tensor) -> torch.Tensor:
-        output = self.model(token.view(1, 1), past_key_values=self.cache)
-        return output.logits[0, -1].float()
 
 
 def _sides(tokens: int, cases: tuple[Case, ...]) -> dict[str, Callable[[Any], Side]]:
@@ -131,40 +94,11 @@ def _sides(tokens: int, cases: tuple[Case, ...]) -> dict[str, Callable[[Any], Si
     def static(model: Any) -> Side:
         return Side(model, StaticCache(config=model.config, max_cache_len=room))
 
-    def paged(case: Case, model: Any) -> Side:
-        options = {"config": case.config}
-        compiled = torch.compile(
-            model, backend="graphopt", dynamic=True, options=options
-        )
-        if not case.paged:
-            return Side(compiled, DynamicCache())
-        kept = {"kv_dtype": case.kv_dtype, "statistics": case.statistics}
-        return Side(compiled, Cache(max_tokens=room, **kept))
+    def own(case: Case, model: Any) -> Side:
+        return Side(case.compiled(model), case.cache(room))
 
-    named = {case.name: partial(paged, case) for case in cases}
+    named = {case.name: partial(own, case) for case in cases}
     return {"dense": dense, "eager, static": static, **named}
-
-
-@torch.no_grad()
-def _past(model: Any, prompt: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    model(prompt, past_key_values=cache, logits_to_keep=1)
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _fill(caches: list[Any], past: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Give every cache the same prompt."""
-    for cache in caches:
-        for index, (key, value) in enumerate(past):
-            cache.update(key, value, index)
-
-
-def _cache_bytes(cache: Any) -> int:
-    if isinstance(cache, Cache):
-        return cache.nbytes
-    return sum(t.nbytes for x in cache.layers for t in (x.keys, x.values))
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
