@@ -56,7 +56,7 @@ def configs(scales: str) -> dict[str, str]:
 def main(quick: bool = False) -> dict[str, Any]:
     """Measure every side; see the module for what is compared."""
     lengths = (256,) if quick else LENGTHS
-    model, ids, texts = _loaded(max(lengths))
+    model, ids, texts = load_texts(max(lengths))
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "smollm2.toml")
         calibrate(model, texts[: 2 if quick else None]).write(path)
@@ -70,7 +70,7 @@ def main(quick: bool = False) -> dict[str, Any]:
     return keep("int8", rows, summary, quick=quick, notes=notes)
 
 
-def _loaded(tokens: int) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
+def load_texts(tokens: int) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
     """Return the model, the measured ids and excerpts from behind them."""
     loaded = load("smollm2")
     ids = loaded.tokenizer(language_reference(), return_tensors="pt").input_ids
@@ -132,7 +132,7 @@ def _prefill(model: Any, ids: torch.Tensor, keep: int = 1) -> torch.Tensor:
 
 def _resident(name: str, config: str | None) -> float:
     """Return what is resident after two runs of 256 tokens, in MB."""
-    model, ids, _ = _loaded(256)
+    model, ids, _ = load_texts(256)
     if config is None:
         side = torch.compile(model, dynamic=True)
     else:
