@@ -30,6 +30,26 @@ def compile_fx(
     return cast("Callable[..., Any]", compiled)
 
 
+def keep_outputs(op: Any) -> None:
+    """Let Inductor never write into what ``op`` returns, which outlives the call.
+
+    Else it takes a result that is not read any more as room for another one.
+    """
+    from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+    from torch._inductor.virtualized import V
+
+    if op in lowerings:
+        return
+    fall_back = fallback_handler(op)
+
+    def lower(*args: Any) -> Any:
+        found = fall_back(*args)
+        V.graph.never_reuse_buffers.update(result.get_name() for result in found)
+        return found
+
+    register_lowering(op, type_promotion_kind=None)(lower)
+
+
 def any_number_of_threads() -> AbstractContextManager[Any]:
     """Return a context in which Inductor's C++ asks how many threads it may take.
 
@@ -189,6 +209,16 @@ def placeholder_source(node: fx.Node) -> str:
     source = getattr(argument, "source", None) or getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)
+
+
+def real_value(node: fx.Node) -> torch.Tensor | None:
+    """Return the tensor that a graph input holds while Dynamo compiles, or None."""
+    argument = node.meta.get("grapharg")
+    value = getattr(argument, "example", None)
+    if node.op == "get_attr" and node.graph.owning_module is not None:
+        value = getattr(node.graph.owning_module, str(node.target), None)
+    real = isinstance(value, torch.Tensor) and not is_fake(value) and not value.is_meta
+    return value if real else None
 
 
 def copy_source(old: fx.Node, new: fx.Node) -> None:

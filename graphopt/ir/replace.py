@@ -77,7 +77,7 @@ def replace_by_visit(
         mask, *rest = shared_arguments(graph, site, min_tokens)
         select = torch.ops.graphopt.select_vertical_slash.default
         lists = call(graph, select, (site.query, site.key, mask, *tables, *rest))
-        parts = [_item(graph, lists, i) for i in range(4)]
+        parts = [item(graph, lists, i) for i in range(4)]
         args = (site.query, site.key, site.value, mask, *parts, list(dense_rows), *rest)
         if blocks is not None:
             args += _block_lists(graph, site, blocks, mask, rest)
@@ -99,7 +99,7 @@ def _block_lists(
     select = torch.ops.graphopt.select_blocks.default
     args = (site.query, site.key, mask, *tables, block, *rest)
     lists = call(graph, select, args)
-    parts = (_item(graph, lists, i) for i in range(2))
+    parts = (item(graph, lists, i) for i in range(2))
     return (*parts, list(kind_lists(kinds, site.num_heads)), block)
 
 
@@ -153,10 +153,11 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
     return node
 
 
-def _item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
-    item = graph.call_function(operator.getitem, (node, index))
-    item.meta["example_value"] = value_of(node)[index]
-    return item
+def item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
+    """Insert element ``index`` of an operator's several results."""
+    found = graph.call_function(operator.getitem, (node, index))
+    found.meta["example_value"] = value_of(node)[index]
+    return found
 
 
 def substitute(gm: fx.GraphModule, old: fx.Node, node: fx.Node) -> fx.Node:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphopt._compat import fake_mode_of
+from graphopt._compat import fake_mode_of, keep_outputs
 from graphopt.ir.match import value_of
-from graphopt.ir.replace import call, substitute
+from graphopt.ir.replace import call, item, substitute
 from graphopt.ir.sites.linear import LinearSite
 from graphopt.passes.linear.int8_settings import InputSetting
 
@@ -22,6 +22,43 @@ class Kept:
     capacity: float
     hot: float
     on_file: bool
+
+
+def rewrite_weights(
+    gm: fx.GraphModule, sites: Sequence[LinearSite], kept: Kept
+) -> None:
+    """Replace each of ``sites`` by a product of its input with codes of the weight."""
+    coded = _coded_weights(gm, sites, kept)
+    for site in sites:
+        codes, scales = coded[site.weight, site.transposed]
+        with gm.graph.inserting_before(site.node):
+            op = torch.ops.graphopt.weight_only_linear.default
+            node = call(gm.graph, op, (site.input, codes, site.bias, scales))
+        substitute(gm, site.node, node)
+
+
+def _coded_weights(
+    gm: fx.GraphModule, sites: Sequence[LinearSite], kept: Kept
+) -> dict[tuple[fx.Node, bool], tuple[fx.Node, fx.Node]]:
+    """Insert codes and scales of all weights, each once, in front of all layers."""
+    wanted = list(dict.fromkeys((site.weight, site.transposed) for site in sites))
+    if not wanted:
+        return {}
+    op = torch.ops.graphopt.coded_weights.default
+    keep_outputs(op)
+    weights = [weight for weight, _ in wanted]
+    inputs = gm.graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_after(inputs[-1]):
+        args = (weights, [flag for _, flag in wanted], kept.on_file)
+        table = gm.graph.call_function(op, args)
+    with fake_mode_of(gm):
+        table.meta["example_value"] = op([value_of(w) for w in weights], *args[1:])
+    for weight in weights:
+        if weight.op == "get_attr":
+            table.prepend(weight)
+    with gm.graph.inserting_before(table.next):
+        items = [item(gm.graph, table, i) for i in range(2 * len(wanted))]
+    return dict(zip(wanted, zip(items[::2], items[1::2], strict=True), strict=True))
 
 
 def rewrite_linears(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import fx
 
@@ -13,14 +14,21 @@ from graphopt.ir.constants import is_parameter, parameter_name
 from graphopt.ir.match import value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.sites.linear import LinearSite
+from graphopt.ops.int8.weight_only import FEW_ROWS
 from graphopt.passes.base import Pass, PassContext, PassResult, option
 from graphopt.passes.linear.int8_settings import (
     InputSetting,
     Settings,
     read_settings,
 )
-from graphopt.passes.linear.int8_sites import Kept, rewrite_linears
+from graphopt.passes.linear.int8_sites import (
+    Kept,
+    rewrite_linears,
+    rewrite_weights,
+)
 from graphopt.remarks import Remark, applied, missed
+
+_Named = tuple[str, LinearSite, InputSetting | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +42,14 @@ class ShadowOutlier(Pass):
     shadow). The linears whose largest value is least beyond the clipped range
     (``prune`` of them) get a scale that holds everything instead, and no shadow. Pays
     in prefill where the processor multiplies int8 faster than float (VNNI: 3 to 5
-    times), and in decoding, which reads a quarter of the bytes.
+    times), and in decoding, which reads a quarter of the bytes: linears over up to
+    ``float_rows`` rows keep float activations and need no shadow, since they wait for
+    the weights and not for products.
 
     Approximate; with ``layers = []`` nothing is rewritten. ``activations = "dynamic"``
-    (a scale a token, found at run time; no shadow) is the baseline that needs no
-    calibration. With ``weights = "file"`` the float weights of the model move to an
+    (a scale a token, found at run time; no shadow) and ``"float"`` (weights alone are
+    codes; over many rows slower than float) are the baselines that need no calibration.
+    With ``weights = "file"`` the float weights of the model move to an
     unnamed file at their first use, so that memory holds the codes; they can still be
     read as before, and the model's own forward works.
 
@@ -52,6 +63,12 @@ class ShadowOutlier(Pass):
         %s = getitem(%c, 0)
         %q = graphopt.quantize(%x, %s)
         %y = graphopt.shadow_linear(%x, %weight, %bias, %q, %s, 0.05, 144, False, True)
+
+    and over few rows::
+
+        %w = graphopt.coded_weights([%weight, ...], [False, ...], True)
+        %codes, %scales = getitem(%w, 0), getitem(%w, 1)
+        %y = graphopt.weight_only_linear(%x, %codes, %bias, %scales)
 
     Refuses when
 
@@ -69,8 +86,11 @@ class ShadowOutlier(Pass):
     prune: Annotated[float, Field(ge=0, le=1)] = option(
         0.85, "share of the linears that have no shadow, the least important"
     )
-    activations: Literal["static", "dynamic"] = option(
-        "static", "the codes' scale: measured before, or of each token at run time"
+    activations: Literal["static", "dynamic", "float"] = option(
+        "static", "the codes' scale: measured before, of each token, or no codes"
+    )
+    float_rows: Annotated[int, Field(ge=0, le=FEW_ROWS)] = option(
+        4, "most rows whose activations stay float, as in decoding", "rows"
     )
     layers: list[Annotated[int, Field(ge=0)]] | None = option(
         None, "layers that are rewritten; all when left out"
@@ -94,13 +114,13 @@ class ShadowOutlier(Pass):
             raise ConfigError(
                 "shadow-outlier: static scales come from a file: write it by "
                 "graphopt calibrate MODEL and name it as scales = 'calibration.toml', "
-                "or use activations = 'dynamic'"
+                "or use activations = 'dynamic' or 'float'"
             )
         self._settings()
         return self
 
     def _settings(self) -> Settings | None:
-        if self.activations == "dynamic" or self.scales is None:
+        if self.activations != "static" or self.scales is None:
             return None
         return read_settings(self.scales, self.prune)
 
@@ -108,7 +128,7 @@ class ShadowOutlier(Pass):
         """Rewrite the linears of the layers, and the head if asked for."""
         wanted, settings = self._wanted(model), self._settings()
         remarks: list[Remark] = []
-        sites: list[tuple[str, LinearSite, InputSetting | None]] = []
+        sites: list[_Named] = []
         for index, site in enumerate(model.linears):
             name, setting = f"linear[{index}]", None
             refusal = self._refusal(site, wanted, context)
@@ -119,12 +139,27 @@ class ShadowOutlier(Pass):
                 remarks.append(missed(name, *refusal))
             else:
                 sites.append((name, site, setting))
-        kept = Kept(self.capacity, self.hot, self.weights == "file")
-        saved = [_bytes_saved(site) for _, site, _ in sites]
-        texts = rewrite_linears(model.gm, [(s, x) for _, s, x in sites], kept)
-        for (name, _, _), text, size in zip(sites, texts, saved, strict=True):
-            remarks.append(applied(name, text, bytes_saved=size))
+        remarks += self._rewrite(model, sites)
         return PassResult(bool(sites), tuple(remarks), {"sites": len(model.linears)})
+
+    def _rewrite(self, model: ModelGraph, sites: list[_Named]) -> list[Remark]:
+        kept = Kept(self.capacity, self.hot, self.weights == "file")
+        few = [site for _, site, _ in sites if self._keeps_activations(site)]
+        many = [(site, x) for _, site, x in sites if site not in few]
+        saved = {site.node: _bytes_saved(site) for _, site, _ in sites}
+        texts = {s.node: f"int8 weights over {s.rows} row(s)" for s in few}
+        nodes = [site.node for site, _ in many]
+        rewrite_weights(model.gm, few, kept)
+        texts |= zip(nodes, rewrite_linears(model.gm, many, kept), strict=True)
+        return [
+            applied(name, texts[site.node], bytes_saved=saved[site.node])
+            for name, site, _ in sites
+        ]
+
+    def _keeps_activations(self, site: LinearSite) -> bool:
+        rows = site.rows
+        is_few = isinstance(rows, int) and rows <= self.float_rows
+        return (is_few or self.activations == "float") and not _is_trained(site)
 
     def _wanted(self, model: ModelGraph) -> set[fx.Node]:
         """Return the linears that are asked for: of some layers, or all but the head's.
@@ -150,9 +185,17 @@ class ShadowOutlier(Pass):
             return "unsupported", f"there is no int8 kernel for {context.device}"
         if reason := site.unsupported():
             return "unsupported", reason
+        if self.activations == "float" and _is_trained(site):
+            why = "codes of weights have no derivatives: run under torch.no_grad()"
+            return "unsupported", why
         if not is_parameter(site.weight):
             return "changes", "the weight is computed, so each call would code it anew"
         return None
+
+
+def _is_trained(site: LinearSite) -> bool:
+    """Tell whether the graph records derivatives, which codes of weights have not."""
+    return torch.is_grad_enabled() and bool(value_of(site.weight).requires_grad)
 
 
 def _uncalibrated(site: LinearSite) -> tuple[str, str]:

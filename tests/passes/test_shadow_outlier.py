@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 from graphopt.calibration import Calibration, InputStatistics
 from graphopt.calibration.observe import calibrate
@@ -157,6 +158,55 @@ def test_generates(scales):
     config = config_of(scales("llama"), prune=0.0, head="true")
     fast = rewritten(model, config, host=traced, dynamic=None)
     fast.generate(ids, max_new_tokens=4, do_sample=False)
+
+
+class WeightOnly(torch.nn.Module):
+    """A linear over what the codes of its weight stand for."""
+
+    def __init__(self, linear):
+        super().__init__()
+        codes, scales = quantize_weight(linear.weight.detach())
+        self.weight, self.bias = codes.float() * scales[:, None], linear.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "host"),
+    [("activations=float", by_pieces), ("activations=dynamic,weights=file", traced)],
+    ids=["float", "file"],
+)
+def test_decodes_on_weights_alone(config, host):
+    """A step's activations stay float, whatever those of the prompt were."""
+    model, ids, reports = TINY["llama"]().eval(), token_ids(1, 9), []
+    twin, cache = copy.deepcopy(model), DynamicCache()
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            parent = twin.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], WeightOnly(module))
+    config = f"shadow-outlier{{head=true,{config}}}"
+    fast = rewritten(model, config, host=host, dynamic=None, reports=reports)
+    fast(ids, past_key_values=cache)
+    other = copy.deepcopy(cache)
+    for step in range(2):
+        token = ids[:, step : step + 1]
+        actual = fast(token, past_key_values=cache).logits
+        expected = twin(token, past_key_values=other).logits
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert "int8 weights over 1 row(s)" in str(reports[-1].records[0].remarks[0])
+
+
+def test_weights_alone_have_no_derivatives():
+    model, ids = TINY["llama"]().eval(), token_ids(1, 3)
+    reports = []
+    config = "shadow-outlier{activations=float}"
+    rewritten(model, config, host=traced, reports=reports)(ids)
+    assert "torch.no_grad()" in reports[0].records[0].remarks[0].message
+    fast = rewritten(model, "shadow-outlier{activations=dynamic}", host=traced)
+    fast(ids).logits.sum().backward()
+    assert fast.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
 @torch.no_grad()

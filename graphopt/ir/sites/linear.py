@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from graphopt.ir.match import argument, op_name, shape_of, value_of
 
 # What passes make of a linear; each takes (input, weight, bias).
-_LINEARS = ("skinny", "onednn", "shadow", "int8", "sparse")
+_LINEARS = ("skinny", "onednn", "shadow", "int8", "weight_only", "sparse")
 REWRITTEN = (*(f"graphopt.{name}_linear" for name in _LINEARS), "graphopt.sparse_up")
 _TRANSPOSES = ("getattr", "t", "transpose")
 

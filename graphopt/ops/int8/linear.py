@@ -17,8 +17,10 @@ from torch import Tensor
 
 from graphopt.ops import linear_gradients
 from graphopt.ops.int8.codes import LEAST, MOST, ZERO, coded
-from graphopt.ops.int8.weights import Int8Weight, on_file, page_out
-from graphopt.ops.prepared import Prepared
+from graphopt.ops.int8.prepare import packed_weight
+from graphopt.ops.int8.weights import Int8Weight
+
+_Made = tuple[Int8Weight, Tensor]
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
 _library.define(
@@ -31,32 +33,11 @@ _library.define(
     "bool on_file) -> Tensor"
 )
 
-prepared = Prepared(Int8Weight)
-prepared_transposed = Prepared(lambda weight: Int8Weight(weight.t()))
 
-
-def statistics_of(parameter: Tensor) -> dict[str, Any] | None:
-    """Return a weight's counts of shadow columns; None for one that has no codes."""
-    found = prepared.known(parameter) or prepared_transposed.known(parameter)
-    return None if found is None else found.statistics()
-
-
-def _prepare(weight: Tensor, transposed: bool, to_file: bool) -> Int8Weight:
-    store = prepared_transposed if transposed else prepared
-    found = store.known(weight)
-    if found is None:
-        found = store(weight)
-        if to_file:
-            loaded = weight.detach()
-            weight.data, _ = on_file(weight)
-            page_out(loaded)
-            store.keep(weight, found)
-    return found
-
-
-def _product(codes: Tensor, scale: float, held: Int8Weight, bias: Tensor | None) -> Any:
+def _product(codes: Tensor, scale: float, made: _Made, bias: Tensor | None) -> Any:
+    held, packed = made
     wide = None if bias is None else bias.float()
-    sizes = (scale, ZERO, held.packed, held.scales, held.zeros, wide)
+    sizes = (scale, ZERO, packed, held.scales, held.zeros, wide)
     return torch.ops.onednn.qlinear_pointwise(
         codes, *sizes, 1.0, 0, torch.float32, "none", [], ""
     )
@@ -81,8 +62,8 @@ def shadow_linear(
     ``capacity`` of the input lies beyond, the whole product is made in float.
     """
     scale, has_shadow = settings.tolist()
-    held = _prepare(weight, transposed, on_file)
-    result: Tensor = _product(codes, scale, held, bias)
+    made = packed_weight(weight, transposed, on_file)
+    held, result = made[0], _product(codes, scale, made, bias)
     if has_shadow:
         plain = weight.t() if transposed else weight
         rows = input.reshape(-1, input.shape[-1])
@@ -103,10 +84,10 @@ def int8_linear(
     on_file: bool,
 ) -> Tensor:
     """Multiply by int8 codes with one scale a token, found at run time."""
-    held = _prepare(weight, transposed, on_file)
+    made = packed_weight(weight, transposed, on_file)
     wide = input.float()
     scales = (wide.abs().amax(-1, keepdim=True) / MOST).clamp_min(1e-30)
-    result: Tensor = _product(coded(wide / scales), 1.0, held, None) * scales
+    result: Tensor = _product(coded(wide / scales), 1.0, made, None) * scales
     result = result if bias is None else result + bias
     return result.to(input.dtype)
 

@@ -25,11 +25,21 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     A row of zeros gets the scale 1.
     """
-    wide = weight.float()
-    scales = wide.abs().amax(1) / MOST
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    codes = (wide / scales[:, None]).round_().clamp_(-MOST, MOST)
-    return codes.to(torch.int8).contiguous(), scales  # oneDNN reads no strides
+    scales = row_scales(weight)
+    return row_codes(weight, scales), scales
+
+
+def row_scales(weight: Tensor) -> Tensor:
+    """Return the value of one step in each row of ``weight``, float32 [N]."""
+    scales = weight.detach().abs().amax(1).float() / MOST
+    return torch.where(scales > 0, scales, torch.ones_like(scales))
+
+
+def row_codes(weight: Tensor, scales: Tensor) -> Tensor:
+    """Return ``weight`` [N, K] in steps of ``scales`` [N], int8 in one piece."""
+    steps = weight.detach().float() / scales[:, None]
+    codes = steps.round_().clamp_(-MOST, MOST).to(torch.int8)
+    return codes.contiguous()  # oneDNN reads no strides
 
 
 def on_file(tensor: Tensor) -> tuple[Tensor, mmap.mmap]:
@@ -112,20 +122,38 @@ class ShadowColumns:
 
 
 class Int8Weight:
-    """What is made of a weight [N, K] for oneDNN's int8 product.
+    """What is made of a weight [N, K] for products in int8, each when first wanted.
 
-    ``packed``: the codes in oneDNN's layout, ``scales`` float32 [N] of its rows,
-    ``zeros`` int64 [N] its zero points. ``overflows`` counts the calls that had more
-    outliers than their capacity.
+    ``scales`` float32 [N] of its rows, ``zeros`` int64 [N] its zero points.
+    ``overflows`` counts the calls that had more outliers than their capacity.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        codes, self.scales = quantize_weight(weight)
-        self.zeros = torch.zeros(codes.shape[0], dtype=torch.int64)
-        self.packed: Tensor = torch.ops.onednn.qlinear_prepack(codes, None)
+        self.scales = row_scales(weight)
+        self.zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
         self.columns: ShadowColumns | None = None
         self.overflows = 0
+        self.is_on_file = False  # the float weight
+        self._codes: Tensor | None = None
+        self._packed: Tensor | None = None
         self._lock = threading.Lock()
+
+    def packed(self, weight: Tensor) -> tuple[Tensor, bool]:
+        """Return the codes in oneDNN's layout, and whether they were made just now."""
+        with self._lock:
+            is_new = self._packed is None
+            if self._packed is None:
+                codes = row_codes(weight, self.scales)
+                self._packed = torch.ops.onednn.qlinear_prepack(codes, None)
+            return self._packed, is_new
+
+    def codes(self, weight: Tensor) -> tuple[Tensor, bool]:
+        """Return the codes as they are, int8 [N, K], and whether they are new."""
+        with self._lock:
+            is_new = self._codes is None
+            if self._codes is None:
+                self._codes = row_codes(weight, self.scales)
+            return self._codes, is_new
 
     def columns_of(self, weight: Tensor, room: int, is_on_file: bool) -> ShadowColumns:
         """Return the float columns of ``weight`` [N, K]; made at the first outlier."""

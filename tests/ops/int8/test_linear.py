@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from graphopt.codegen.cpp.shadow import add_shadow
 from graphopt.errors import KernelError
 from graphopt.ops.int8 import weights
-from graphopt.ops.int8.linear import prepared, statistics_of
+from graphopt.ops.int8.prepare import prepared, statistics_of
 from graphopt.ops.int8.weights import ShadowColumns, on_file, quantize_weight
 
 shadow = torch.ops.graphopt.shadow_linear.default

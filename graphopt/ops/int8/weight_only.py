@@ -1,0 +1,87 @@
+"""``graphopt::weight_only_linear``: int8 weights, and activations as they are.
+
+A decoding step multiplies one row (one a prompt) with every weight, so its time is that
+of reading them, and codes are a quarter of float32's bytes. Activations in codes would
+save nothing there and cost accuracy.
+
+``graphopt::coded_weights`` gives the codes int8 [N, K] and the scales float32 [N] of
+each of ``weights`` (``transposed``: it lies as [K, N]), all of a graph's in one call,
+as a call for each would take as long as a product. They are the ones that are kept, not
+copies: nothing may write to them (`graphopt._compat.keep_outputs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt.ops.int8.prepare import coded_weight
+
+# Rows up to which one loop over the codes is faster than a product of floats.
+FEW_ROWS = 8
+
+_library = torch.library.Library("graphopt", "FRAGMENT")
+_library.define(
+    "coded_weights(Tensor[] weights, bool[] transposed, bool on_file) -> Tensor[]"
+)
+_library.define(
+    "weight_only_linear(Tensor input, Tensor codes, Tensor? bias, Tensor scales) "
+    "-> Tensor"
+)
+
+
+def coded_weights(
+    weights: Sequence[Tensor], transposed: Sequence[bool], on_file: bool
+) -> list[Tensor]:
+    """Return the codes and the scales of every weight, one behind the other."""
+    found: list[Tensor] = []
+    for weight, is_transposed in zip(weights, transposed, strict=True):
+        found += coded_weight(weight, is_transposed, on_file)
+    return found
+
+
+torch.library.impl(_library, "coded_weights", "CompositeExplicitAutograd")(
+    coded_weights
+)
+
+
+@torch.library.register_fake("graphopt::coded_weights", lib=_library)
+def _(
+    weights: Sequence[Tensor], transposed: Sequence[bool], on_file: bool
+) -> list[Tensor]:
+    found = []
+    for weight, is_transposed in zip(weights, transposed, strict=True):
+        sizes = weight.shape[::-1] if is_transposed else weight.shape
+        found.append(weight.new_empty(sizes, dtype=torch.int8))
+        found.append(weight.new_empty(sizes[:1], dtype=torch.float32))
+    return found
+
+
+def weight_only_linear(
+    input: Tensor, codes: Tensor, bias: Tensor | None, scales: Tensor
+) -> Tensor:
+    """Return input @ (codes * scales)^T + bias, [..., N] in the dtype of ``input``.
+
+    input [..., K], codes [N, K], scales [N], bias [N]. Over few rows it is built of dot
+    products that Inductor makes one loop of, with sums in float32 at least, as
+    `graphopt.ops.skinny_linear`; over more the weights are made float for the call.
+    """
+    wide = torch.promote_types(input.dtype, torch.float32)
+    rows = input.reshape(-1, input.shape[-1])
+    if not isinstance(rows.shape[0], int) or rows.shape[0] > FEW_ROWS:
+        weight = (codes.to(wide) * scales[:, None]).to(input.dtype)
+        return F.linear(input, weight, bias)
+    sums = [(codes.to(wide) * row).sum(-1) for row in rows.to(wide).unbind()]
+    result = torch.stack(sums) * scales
+    if bias is not None:
+        result = result + bias.to(wide)
+    return result.to(input.dtype).view(*input.shape[:-1], codes.shape[0])
+
+
+# Decomposed wherever it is traced, so that it fuses and has derivatives.
+torch.library.impl(_library, "weight_only_linear", "CompositeImplicitAutograd")(
+    weight_only_linear
+)
