@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.backend import compile, last_reports
+    from graphopt.ensembles import ensemble
     from graphopt.runtime.cache import Cache
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "__version__", "compile", "last_reports"]
+__all__ = ["Cache", "__version__", "compile", "ensemble", "last_reports"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from graphopt.runtime.cache import Cache
 
         return Cache
+    if name == "ensemble":
+        from graphopt.ensembles import ensemble
+
+        return ensemble
     raise AttributeError(f"module 'graphopt' has no attribute '{name}'")

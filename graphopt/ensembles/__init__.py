@@ -1,0 +1,15 @@
+"""Several language models as one: logit arithmetic (EFT, proxy-tuning)."""
+
+from graphopt.ensembles.build import ensemble
+from graphopt.ensembles.cache import EnsembleCache
+from graphopt.ensembles.lora import with_adapter, with_low_rank
+from graphopt.ensembles.model import Ensemble, EnsembleOutput
+
+__all__ = [
+    "Ensemble",
+    "EnsembleCache",
+    "EnsembleOutput",
+    "ensemble",
+    "with_adapter",
+    "with_low_rank",
+]
