@@ -71,13 +71,18 @@ def _unsuitable(held: Held, options: NeuronOptions) -> tuple[str, str] | None:
         return "cache", f"{why}: make both from one config"
     if (options.mode == "similarity") != (held.shares is not None):
         return "cache", "the cache has other clusters: make both from one config"
+    if (options.buffers == "int8") != bool(held.scales):
+        return (
+            "cache",
+            "the cache has buffers of another type: make both from one config",
+        )
     if kept == neurons and not options.force:
         return "keeps-all", "every neuron is kept"
     attention = held.layer.attention
     if held.phase != "use" and attention.unsupported and attention.key_mask is None:
         return "padding", f"which tokens are real is unknown: {attention.unsupported}"
-    rows = choices(held)
-    slower = rows.is_number and int(rows) * kept >= neurons
+    rows, reads = choices(held), (kept_step(held).bytes, dense_step(held).bytes)
+    slower = rows.is_number and bool(reads[0] >= reads[1])
     if held.phase == "use" and slower and not options.force:
         return "slower", f"{rows} rows with {kept} of {neurons} neurons each"
     return None
@@ -101,5 +106,6 @@ def _memory(sites: list[Held]) -> list[Remark]:
     total = sum(buffer_bytes(held) for held in fitting)
     mb = float(total.subs(BATCH, 1)) / 1e6
     each = " a row of the batch" if total.has(BATCH) else ""
-    text = f"the cache's buffers of neurons take {mb:.4g} MB{each}"
+    kind = "int8 buffers" if fitting[0].scales else "buffers"
+    text = f"the cache's {kind} of neurons take {mb:.4g} MB{each}"
     return [analysis("graph", "memory", text, mb=mb)]

@@ -41,6 +41,11 @@ def count_and_gather(model: ModelGraph, held: Held, options: NeuronOptions) -> N
 
 def _gather(graph: fx.Graph, held: Held, site: FfnSite) -> None:
     for projection in held.projections(site):
+        if projection.scales is not None:
+            buffers: Any = (projection.buffer, projection.scales)
+            how = (projection.dim, projection.fused, projection.transposed)
+            args = (projection.weight, held.indices, *buffers, *how)
+            call(graph, _ops.gather_codes.default, args)
         for weight, buffer, dim in projection.buffers:
             args = (weight, held.indices, buffer, dim, projection.fused)
             call(graph, _ops.gather_neurons.default, args)

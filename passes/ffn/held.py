@@ -11,43 +11,11 @@ from torch import fx
 from graphopt.ir.match import op_name, shape_of, size_expr
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.sites.ffn import FfnSite
-from graphopt.ir.sites.linear import operands
 from graphopt.ir.stream.layers import Layer
+from graphopt.passes.ffn.projection import Projection, projection_of
 
 _SPELT = ("linear", "addmm")
 _READABLE = (*_SPELT, "graphopt.onednn_linear")  # the weights are those of the model
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A linear of an FFN and the buffer for its neurons' weights.
-
-    ``dim``: the axis of its weight with the neurons; ``fused``: how many of them lie
-    one behind the other.
-    """
-
-    node: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    buffer: fx.Node | None
-    bias_buffer: fx.Node | None
-    dim: int
-    fused: int
-
-    @property
-    def transposed(self) -> bool:
-        """Tell whether the weight lies as [inputs, outputs]."""
-        return _is_transposed(self.node)
-
-    @property
-    def buffers(self) -> list[tuple[fx.Node, fx.Node, int]]:
-        """Return (weight, buffer, axis of the neurons) of what is gathered."""
-        found: list[tuple[fx.Node, fx.Node, int]] = []
-        if self.buffer is not None:
-            found.append((self.weight, self.buffer, self.dim))
-        if self.bias is not None and self.bias_buffer is not None:
-            found.append((self.bias, self.bias_buffer, 0))
-        return found
 
 
 @dataclass(frozen=True)
@@ -87,6 +55,11 @@ class Held:
         return int(self.args[9])
 
     @property
+    def scales(self) -> tuple[fx.Node | None, ...]:
+        """Return those of up, down and gate where they are codes, else nothing."""
+        return self.args[10:]
+
+    @property
     def kept(self) -> int:
         """Return how many neurons are chosen."""
         return int(size_expr((shape_of(self.indices) or ())[1]))
@@ -99,11 +72,12 @@ class Held:
     def projections(self, site: FfnSite) -> list[Projection]:
         """Return up, gate where there is one of its own, and down."""
         _, _, up, down, gate, up_bias, gate_bias, *_ = self.args
+        of_up, of_down, of_gate, *_ = *self.scales, None, None, None
         fused = 2 if site.gate is site.up else 1
-        found = [_projection(site.up, up, up_bias, fused)]
+        found = [projection_of(site.up, up, up_bias, of_up, fused)]
         if site.gate is not None and fused == 1:
-            found.append(_projection(site.gate, gate, gate_bias, 1))
-        return [*found, _projection(site.down, down, None, 1, is_down=True)]
+            found.append(projection_of(site.gate, gate, gate_bias, of_gate))
+        return [*found, projection_of(site.down, down, None, of_down, is_down=True)]
 
 
 def find_held(model: ModelGraph) -> list[Held]:
@@ -132,37 +106,6 @@ def refusal(held: Held) -> tuple[str, str] | None:
     if neurons != size_expr((shape_of(held.counts) or (0, 0))[1]):
         return "cache", f"the cache's buffers are not for {neurons} neurons"
     for projection in held.projections(site):
-        if reason := _misfit(projection, int(neurons), held.kept):
+        if reason := projection.misfit(int(neurons), held.kept):
             return "cache", reason
     return None
-
-
-def _projection(
-    node: fx.Node, buffer: Any, bias_buffer: Any, fused: int, is_down: bool = False
-) -> Projection:
-    _, weight, bias = operands(node)
-    transposed = _is_transposed(node)
-    dim = int(transposed != is_down)
-    return Projection(node, weight, bias, buffer, bias_buffer, dim, fused)
-
-
-def _is_transposed(linear: fx.Node) -> bool:
-    return op_name(linear) == "addmm" or linear.args[3:4] == (True,)
-
-
-def _misfit(projection: Projection, neurons: int, kept: int) -> str:
-    """Say how a projection and its buffers do not fit; nothing where they do."""
-    node, fused = projection.node, projection.fused
-    wanted = [int(size_expr(n)) for n in shape_of(projection.weight) or ()]
-    if projection.buffer is None or len(wanted) != 2:
-        return f"it has no buffer for {node.name}"
-    if wanted[projection.dim] != fused * neurons:
-        return f"the weight of {node.name} has no axis of {fused * neurons} neurons"
-    wanted[projection.dim] = fused * kept
-    found = [size_expr(n) for n in shape_of(projection.buffer) or ()]
-    if found[-2:] != wanted:
-        return f"its buffer for {node.name} is {found} and not {wanted}"
-    is_down = projection.dim != int(projection.transposed)
-    if not is_down and (projection.bias is None) != (projection.bias_buffer is None):
-        return f"its buffers have another bias than {node.name}"
-    return ""

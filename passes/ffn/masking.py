@@ -15,7 +15,8 @@ from graphopt.ir.replace import call, substitute
 from graphopt.ir.sites.linear import operands
 from graphopt.ir.sizes.fake_runs import apply
 from graphopt.ir.vision.span import descendants
-from graphopt.passes.ffn.held import Held, Projection
+from graphopt.passes.ffn.held import Held
+from graphopt.passes.ffn.projection import Projection
 
 _ops = torch.ops.graphopt
 # Operators whose arguments name sizes of what they give.
@@ -80,11 +81,17 @@ def _on_buffer(graph: fx.Graph, projection: Projection, source: fx.Node) -> fx.N
     """Insert the linear with the gathered weights; a row's own where there are rows."""
     buffer, bias = projection.buffer, projection.bias_buffer
     assert buffer is not None
-    bias = projection.bias if bias is None else bias
-    if len(shape_of(buffer) or ()) == 3:
-        args = (source, buffer, bias, projection.transposed)
-        return call(graph, _ops.row_linear.default, args)
-    if projection.transposed:
+    bias, scales = projection.bias if bias is None else bias, projection.scales
+    is_each, transposed = len(shape_of(buffer) or ()) == 3, projection.transposed
+    if is_each and scales is not None:
+        given = (source, buffer, bias, False, scales)
+        return call(graph, _ops.row_linear.default, given)
+    if is_each:
+        return call(graph, _ops.row_linear.default, (source, buffer, bias, transposed))
+    if scales is not None:
+        coded = (source, buffer, bias, scales)
+        return call(graph, _ops.weight_only_linear.default, coded)
+    if transposed:
         return call(graph, torch.addmm, (bias, source, buffer))
     return call(graph, torch._C._nn.linear, (source, buffer, bias))
 

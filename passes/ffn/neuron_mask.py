@@ -35,7 +35,11 @@ class NeuronMask(NeuronOptions):
     want ``refresh``: every so many tokens one runs densely and counts for as many, and
     the core is chosen again. With ``similarity`` it is that of the nearest of some
     clusters of texts (`graphopt cluster`), in each layer by itself.
-    ``Cache.from_config(config, model)`` makes the cache.
+    ``Cache.from_config(config, model)`` makes the cache. With ``buffers = "int8"`` the
+    copies are codes with a float32 scale each output, a quarter of float32's bytes.
+    A ``shadow-outlier`` behind this pass turns into int8 what stays a plain linear: all
+    of the prompt's graph, whose float weights are still gathered, and the rest of a
+    step's.
 
     ``teal`` and ``cats`` choose for each token, and only in decoding steps of up to 8
     rows; prompts stay dense, any cache will do. ``teal`` takes the small inputs of all
@@ -63,6 +67,11 @@ class NeuronMask(NeuronOptions):
         %g = linear(%x, %gate_c) : f32[B, 1, 0.4 F]
         %h = mul(silu(%g), linear(%x, %up_c))
         %y = linear(%h, %down_c)
+
+    With int8 buffers::
+
+        graphopt.gather_codes(%gate, %indices, %gate_c, %gate_s, 0)
+        %g = graphopt.weight_only_linear(%x, %gate_c, None, %gate_s)
 
     After, by ``cats`` (``teal``: every linear as the last)::
 
@@ -100,7 +109,8 @@ class NeuronMask(NeuronOptions):
     never_after: ClassVar[Mapping[str, str]] = {
         "chunked-prefill": "the layers are in a loop that knows nothing of a cache",
         "packed-prefill": "packed rows hold several prompts, whose neurons differ",
-        "shadow-outlier": "it leaves int8 codes, and weights are gathered as floats",
+        "shadow-outlier": "its linears read codes, and neurons are found and gathered "
+        "where weights are float; name neuron-mask first",
     }
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
@@ -121,6 +131,7 @@ class NeuronMask(NeuronOptions):
             "min_tokens": self.shortest,
             "refresh": self.refresh or 0,
             "force": self.force,
+            "buffers": self.buffers,
             "counted": {"token_ratio": self.token_ratio, "criterion": self.criterion},
         }
         return {"masking": rule}

@@ -48,6 +48,11 @@ class NeuronOptions(Pass):
     rows: Literal["union", "each"] = option(
         "union", "core: one choice for all rows of a batch, or one for each"
     )
+    buffers: Literal["float", "int8"] = option(
+        "float",
+        "core: what the chosen neurons' weights are kept as: as they are, or in int8 "
+        "with a scale each output",
+    )
     min_tokens: Annotated[int, Field(ge=0)] | None = option(
         None,
         "core: shorter prompts stay dense; 200 when left out, 0 with clusters",

@@ -9,6 +9,7 @@ import sympy
 from graphopt.cost import BATCH, Cost
 from graphopt.ir.match import shape_of, size_expr, value_of
 from graphopt.passes.ffn.held import Held
+from graphopt.passes.ffn.projection import Projection
 
 
 def dense_step(held: Held) -> Cost:
@@ -19,9 +20,10 @@ def dense_step(held: Held) -> Cost:
 
 def kept_step(held: Held) -> Cost:
     """Return the cost of the kept neurons; rows that choose read their own weights."""
-    dense, neurons = dense_step(held), int(size_expr(held.layer.ffn[0].neurons))
+    neurons = int(size_expr(held.layer.ffn[0].neurons))
     share = sympy.Rational(held.kept, neurons)
-    return Cost(dense.flops * share, dense.bytes * share * choices(held))
+    read = sum(_buffer_bytes(p) for p in held.projections(held.layer.ffn[0]))
+    return Cost(dense_step(held).flops * share, sympy.Integer(read) * choices(held))
 
 
 def choices(held: Held) -> sympy.Expr:
@@ -40,6 +42,16 @@ def buffer_bytes(held: Held) -> sympy.Expr:
 def _shapes(held: Held) -> list[tuple[int, ...]]:
     found = held.projections(held.layer.ffn[0])
     return [shape_of(projection.weight) or () for projection in found]
+
+
+def _buffer_bytes(projection: Projection) -> int:
+    """Return the bytes of one choice's weights, and of their scales if they are codes.
+
+    ``projection`` has a buffer.
+    """
+    outputs, inputs = (int(n) for n in (shape_of(projection.buffer) or ())[-2:])
+    size = int(value_of(projection.buffer).itemsize)
+    return outputs * (size * inputs + (0 if projection.scales is None else 4))
 
 
 def _itemsize(held: Held) -> int:

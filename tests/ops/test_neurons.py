@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphopt.ops.int8.weights import quantize_weight
 from graphopt.ops.neurons import (
     check_neurons,
     choose_neurons,
     count_neurons,
     count_reference,
+    gather_codes,
     gather_neurons,
     gather_reference,
     hold_neurons,
@@ -144,6 +146,57 @@ def test_all_neurons_in_order_are_the_weight():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("shape", "dim", "fused"), CASES[:4])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_gathers_codes(dtype, shape, dim, fused, transposed, rows):
+    weight = torch.randn(shape).to(dtype)
+    indices = torch.stack([torch.randperm(40)[:16].sort().values for _ in range(rows)])
+    places = [[p * 40 + i for p in range(fused) for i in row] for row in indices]
+    found = [weight.index_select(dim, torch.tensor(p)) for p in places]
+    made = [quantize_weight(x.t() if transposed else x) for x in found]
+    codes, scales = (torch.stack(part) for part in zip(*made, strict=True))
+    codes, scales = (x[0] if rows == 1 else x for x in (codes, scales))
+    buffers = torch.empty_like(codes), torch.empty_like(scales)
+    gather_codes(weight, indices, *buffers, dim, fused, transposed)
+    assert torch.equal(buffers[0], codes) and torch.equal(buffers[1], scales)
+
+
+def test_codes_by_inductor_are_the_same():
+    torch.manual_seed(0)
+    weight, x = torch.randn(12, 40), torch.randn(2, 1, 16)
+    indices = torch.stack([torch.randperm(40)[:16].sort().values for _ in range(2)])
+
+    def run(codes, scales):
+        gather_codes(weight, indices, codes, scales, 1)
+        return row_linear(x, codes, scales=scales)
+
+    def buffers():
+        return torch.zeros(2, 12, 16, dtype=torch.int8), torch.zeros(2, 12)
+
+    wanted, found = buffers(), buffers()
+    expected = run(*wanted)
+    torch.testing.assert_close(torch.compile(run)(*found), expected)
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_rows_have_codes_of_their_own(dtype, flat, tokens):
+    x = torch.randn(3, tokens, 24).to(dtype)
+    codes = torch.randint(-127, 128, (3, 16, 24))
+    scales, bias = torch.rand(3, 16), torch.randn(16).to(dtype)
+    weight = codes.double() * scales.double()[..., None]
+    expected = torch.einsum("bsk,bnk->bsn", x.double(), weight) + bias.double()
+    x, expected = (t.flatten(0, 1) if flat else t for t in (x, expected))
+    actual = row_linear(x, codes.to(torch.int8), bias, scales=scales)
+    assert actual.dtype == dtype
+    limit = TOLERANCE[dtype] * float(expected.abs().max())
+    assert (actual.double() - expected).abs().max() <= limit
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -164,6 +217,7 @@ def test_are_operators():
     inner, counts = activations(2, 5, 40), torch.zeros(2, 40, dtype=torch.int32)
     indices = torch.stack([torch.arange(16), torch.arange(20, 36)])
     weight, buffer = torch.randn(40, 12), torch.zeros(2, 16, 12)
+    codes, scales = torch.zeros(2, 16, 12, dtype=torch.int8), torch.rand(2, 16)
     calls = (
         (_ops.count_neurons, (inner, torch.ones(2, 5).bool(), counts, 2000)),
         (_ops.choose_neurons, (counts, indices.clone())),
@@ -174,7 +228,9 @@ def test_are_operators():
             _ops.hold_neurons,
             (counts, indices.clone(), weight, weight, None, None, None, None, "new"),
         ),
+        (_ops.gather_codes, (weight, indices, codes, scales.clone())),
         (_ops.row_linear, (torch.randn(2, 1, 12), buffer, None)),
+        (_ops.row_linear, (torch.randn(2, 1, 12), codes, None, False, scales)),
     )
     for op, args in calls:
         checks = torch.library.opcheck(op.default, args)
@@ -193,6 +249,9 @@ def test_what_does_not_fit_is_refused():
             _ops.nearest_neurons(counts, torch.zeros(2, 39), indices)
         with pytest.raises(ValueError, match="does not fit 1 choices"):
             gather_neurons(torch.zeros(40, 12), indices, torch.zeros(15, 12))
+        with pytest.raises(ValueError, match=r"scales \(12,\) do not fit 1 choices"):
+            codes = torch.zeros(16, 12, dtype=torch.int8)
+            gather_codes(torch.zeros(40, 12), indices, codes, torch.zeros(12))
 
 
 def test_without_the_pass_nothing_stays_chosen():

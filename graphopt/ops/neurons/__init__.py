@@ -10,6 +10,7 @@ from graphopt.codegen.neurons import PARTS
 from graphopt.ops.neurons.choose import choose_neurons, kept_neurons, nearest_neurons
 from graphopt.ops.neurons.count import count_neurons, count_reference
 from graphopt.ops.neurons.gather import gather_neurons, gather_reference
+from graphopt.ops.neurons.gather_codes import gather_codes
 from graphopt.ops.neurons.hold import check_neurons, hold_neurons
 from graphopt.ops.neurons.row_linear import row_linear
 
@@ -19,6 +20,7 @@ __all__ = [
     "choose_neurons",
     "count_neurons",
     "count_reference",
+    "gather_codes",
     "gather_neurons",
     "gather_reference",
     "hold_neurons",

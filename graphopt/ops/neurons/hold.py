@@ -18,7 +18,8 @@ _library = torch.library.Library("graphopt", "FRAGMENT")
 _library.define(
     "hold_neurons(Tensor counts, Tensor(a!) indices, Tensor up, Tensor down, "
     "Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? shares, str phase, "
-    "int weight=1) -> ()"
+    "int weight=1, Tensor? up_scales=None, Tensor? down_scales=None, "
+    "Tensor? gate_scales=None) -> ()"
 )
 _library.define("check_neurons(Tensor(a!) indices, Tensor[] others) -> ()")
 
@@ -38,10 +39,14 @@ def hold_neurons(
     shares: Tensor | None,
     phase: str,
     weight: int = 1,
+    up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
+    gate_scales: Tensor | None = None,
 ) -> None:
     """Note that this call computes densely and counts nothing.
 
-    Whatever was chosen is then of a text that has gone on since.
+    Whatever was chosen is then of a text that has gone on since. Scales are of
+    the weights' outputs, where these are int8 codes.
     """
     if phase != "use":
         indices.fill_(-1)

@@ -63,7 +63,8 @@ class CoreNeurons:
             kept = kept_neurons(shape.neurons, rule["keep"])
             if kept < shape.neurons or rule["force"]:
                 shares = _shares(clusters, index, shape)
-                layers[index] = NeuronBuffers(shape, kept, shares)
+                coded = rule["buffers"] == "int8"
+                layers[index] = NeuronBuffers(shape, kept, shares, coded)
         rest = {name: rule[name] for name in ("each", "min_tokens", "refresh")}
         return cls(layers, **rest) if layers else None
 
