@@ -36,6 +36,26 @@ def repair_bfloat16_dot() -> None:
     builder.create_dot = create_dot
 
 
+@cache
+def repair_bfloat16_cast() -> None:
+    """Make integers that become bfloat16 right in the interpreter.
+
+    As of Triton 3.9 it keeps the integers where the bits belong.
+    """
+    import triton.language as tl
+
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    original = builder.cast_impl
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if target.scalar == tl.bfloat16 and source.dtype.scalar.is_int():
+            source = original(self, source, tl.float32)
+        return original(self, source, target)
+
+    builder.cast_impl = cast_impl
+
+
 def _widen(interpreter: Any, operand: Any) -> Any:
     import numpy as np
     import triton.language as tl
