@@ -23,6 +23,7 @@ _BUILT_IN = {
     "shadow-outlier": "graphopt.passes.linear.shadow_outlier:ShadowOutlier",
     "skinny-linear": "graphopt.passes.linear.skinny_linear:SkinnyLinear",
     "sparse-attention": "graphopt.passes.attention.sparse_attention:SparseAttention",
+    "weight-tying": "graphopt.passes.weights.weight_tying:WeightTying",
 }
 
 

@@ -18,6 +18,7 @@ from torch import fx
 from graphopt.ir.dce import eliminate_dead_code  # noqa: F401  (re-exported for users)
 from graphopt.ir.loops import loop_of
 from graphopt.ir.match import op_name, value_of
+from graphopt.ir.sites.parameters import READ_BEFORE
 
 _DTYPES = {
     torch.float32: "f32", torch.float64: "f64", torch.float16: "f16",
@@ -83,11 +84,10 @@ class _Printer:
 
     def _layer_of(self, node: fx.Node) -> int:
         """A layer begins with the first use of one of its parameters."""
-        for source in node.all_input_nodes:
-            if source.op == "placeholder":
-                found = _LAYER.search(parameter_path(source.name))
-                if found:
-                    return int(found.group(1))
+        sources = (n.name for n in node.all_input_nodes if n.op == "placeholder")
+        for name in (*node.meta.get(READ_BEFORE, ()), *sources):
+            if found := _LAYER.search(parameter_path(name)):
+                return int(found.group(1))
         return self._layer
 
     def _argument(self, value: Any) -> str:

@@ -1,0 +1,1 @@
+"""Passes about which parameters the layers read."""
