@@ -158,13 +158,19 @@ def _refuse_foreign(gguf: Path) -> None:
 
 
 def _model_class(name: str) -> Any:
-    """Return the class that the config names: encoders and vision models load too."""
+    """Return the class that the config names: encoders and vision models load too.
+
+    Of an auxiliary model of `graphopt.learngene`, the class that ties its layers.
+    """
     import transformers
+
+    from graphopt.learngene.tying import plan_in, tied_class
 
     config = transformers.AutoConfig.from_pretrained(name)
     for architecture in config.architectures or []:
         if hasattr(transformers, architecture):
-            return getattr(transformers, architecture)
+            found = getattr(transformers, architecture)
+            return tied_class(found) if plan_in(config) else found
     return transformers.AutoModelForCausalLM
 
 

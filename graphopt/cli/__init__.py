@@ -19,6 +19,7 @@ from graphopt.cli import (
     diff,
     doctor,
     explain,
+    learngene,
     levels,
     passes,
     run,
@@ -42,6 +43,7 @@ app.command()(search.search)
 app.command()(calibrate.calibrate)
 app.command()(cluster.cluster)
 app.command()(levels.levels)
+app.add_typer(learngene.app, name="learngene")
 
 
 @app.callback()
