@@ -15,6 +15,9 @@ codes int8 [N, K], bias [N] or None, scales float32 [N]; result [..., N] = input
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from threading import Thread
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from graphopt.codegen.triton.int8_spec import MOST_ROWS
 from graphopt.codegen.triton.spec import DTYPES
 from graphopt.errors import KernelError
 from graphopt.ops.int8.codes import LEAST, MOST, ZERO, coded
-from graphopt.ops.int8.prepare import coded_weight
+from graphopt.ops.int8.prepare import coded_weight, prepared, prepared_transposed
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
 _library.define(
@@ -81,13 +84,39 @@ def rows_reference(
     return F.linear(input.double(), weight, wide).to(input.dtype)
 
 
-def _codes_of(weight: Tensor, transposed: bool, on_file: bool) -> tuple[Tensor, Tensor]:
+def codes_of(weight: Tensor, transposed: bool, on_file: bool) -> tuple[Tensor, Tensor]:
+    """Return the codes int8 [N, K] of ``weight`` and the scales float32 [N].
+
+    They are made on a thread of its own, since CUDA graphs redirect the allocations of
+    the thread that records or warms up. Raises KernelError with ``on_file``.
+    """
     if on_file:
         raise KernelError(
-            "float weights of a GPU cannot lie on a file, since their columns are read "
-            "there for the shadow: give weights = 'memory'"
+            "float weights of a GPU cannot lie on a file, since the shadow reads their "
+            "columns on the device: give weights = 'memory'"
         )
+    if (prepared_transposed if transposed else prepared).known(weight) is None:
+        thread = Thread(target=_make, args=(weight, transposed))
+        thread.start()
+        thread.join()
     return coded_weight(weight, transposed, False)
+
+
+def _make(weight: Tensor, transposed: bool) -> None:
+    """The thread has a stream of its own: others have written, or will read."""
+    wait = partial(torch.cuda.synchronize, weight.device) if weight.is_cuda else int
+    wait()
+    coded_weight(weight, transposed, False)
+    wait()
+
+
+@torch.library.impl(_library, "coded_weights", "CUDA")
+def coded_weights(
+    weights: Sequence[Tensor], transposed: Sequence[bool], on_file: bool
+) -> list[Tensor]:
+    """Return the codes and the scales of every weight, one behind the other."""
+    pairs = zip(weights, transposed, strict=True)
+    return [part for pair in pairs for part in codes_of(*pair, on_file)]
 
 
 @torch.library.impl(_library, "shadow_linear", "CUDA")
@@ -105,7 +134,7 @@ def shadow_linear(
     """Multiply int8 codes, and in float what lies beyond their range (the shadow)."""
     from graphopt.codegen.triton import int8 as kernel
 
-    made = _codes_of(weight, transposed, on_file)
+    made = codes_of(weight, transposed, on_file)
     plain = weight.t() if transposed else weight
     operands = (input, codes, settings, *made, plain, bias)
     if kernel.supports(input, weight):
@@ -124,7 +153,7 @@ def int8_linear(
     """Multiply by int8 codes with one scale a token, found at run time."""
     from graphopt.codegen.triton import int8 as kernel
 
-    made = _codes_of(weight, transposed, on_file)
+    made = codes_of(weight, transposed, on_file)
     wide = input.float()
     scales = (wide.abs().amax(-1, keepdim=True) / MOST).clamp_min(1e-30)
     operands = (input, coded(wide / scales), scales, *made, bias)

@@ -118,16 +118,6 @@ def check_lists(device: str = "cpu") -> None:
     assert actual.isnan().any(1).nonzero().tolist() == [[259]]
 
 
-def check_tokens(device: str = "cpu") -> None:
-    for case in (Case(BF16, 33, 64, 20), Case(FP32, 2, 50, 40, bias=False)):
-        x, _, _, *made, _, bias = case.operands(device)
-        scales = x.float().abs().amax(-1, keepdim=True) / 127
-        codes = int8_codes.coded(x.float() / scales)
-        given = (codes, scales, *made, bias)
-        expected = cuda.token_reference(x.double(), *given)
-        close(int8.token_product(x, *given), expected, case.dtype)
-
-
 FEW = (
     Case(FP32, 1, 1200, 70),
     Case(BF16, 1, 530, 33, bias=False),
@@ -150,6 +140,27 @@ def check_rows(case: Case, device: str = "cpu") -> None:
             assert torch.equal(int8.weight_only(*given), actual)
 
 
+def check_operators(device: str = "cpu") -> None:
+    """What the operators call on a GPU, from a float weight to the result."""
+    for case in (Case(BF16, 20, 64, 20, transposed=True), Case(bias=False)):
+        x, codes, settings, made, scales, weight, bias = case.operands(device)
+        stored = torch.nn.Parameter(weight.t() if case.transposed else weight)
+        rest = (case.transposed, False)
+        found = cuda.coded_weights([stored], [case.transposed], False)
+        assert torch.equal(found[0], made) and torch.equal(found[1], scales)
+        assert cuda.codes_of(stored, *rest)[0] is found[0]
+        args = (x[None], stored, bias, codes[None], settings, 0.0, 1, *rest)
+        given = (x.double(), codes, settings, made, scales, weight, bias)
+        expected = cuda.shadow_reference(*given)[None]
+        close(cuda.shadow_linear(*args), expected, case.dtype)
+        steps = x.float().abs().amax(-1, keepdim=True) / 127
+        given = (int8_codes.coded(x.float() / steps), steps, made, scales, bias)
+        expected = cuda.token_reference(x.double(), *given)[None]
+        close(cuda.int8_linear(x[None], stored, bias, *rest), expected, case.dtype)
+    with pytest.raises(KernelError, match="weights = 'memory'"):
+        cuda.codes_of(stored, False, True)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_product_in_the_interpreter(interpreter, case):
     interpreter.submit(check_product, case).result()
@@ -160,7 +171,7 @@ def test_rows_in_the_interpreter(interpreter, case):
     interpreter.submit(check_rows, case).result()
 
 
-@pytest.mark.parametrize("check", [check_lists, check_tokens])
+@pytest.mark.parametrize("check", [check_lists, check_operators])
 def test_others_in_the_interpreter(interpreter, check):
     interpreter.submit(check).result()
 
@@ -180,7 +191,7 @@ def test_on_the_device():
     for case in (*FEW, Case(BF16, 1, 14336, 4096), Case(BF16, 8, 4096, 1024)):
         check_rows(case, "cuda")
     check_lists("cuda")
-    check_tokens("cuda")
+    check_operators("cuda")
 
 
 @pytest.mark.gpu
@@ -219,8 +230,6 @@ def test_operators_on_the_device():
     twice = torch.nn.Parameter(weight.double())
     args = (x.double(), twice, bias.double(), codes, settings, 0.5, 2, False, False)
     torch.ops.graphopt.shadow_linear(*args)  # by plain products
-    with pytest.raises(KernelError, match="weights = 'memory'"):
-        torch.ops.graphopt.int8_linear(x, weight, bias, False, True)
 
 
 def test_weight_only_rows_is_an_operator_with_derivatives():
