@@ -4,8 +4,9 @@
 cuDNN and of FlashAttention, and compiled FlexAttention with the same mask. ``prefill``
 rows: a model of Llama-3-8B's layers, fewer of them, random weights, under a-shape;
 against Inductor with the attention that torch picks and with cuDNN's. ``decode`` rows:
-one step of a layer over pages (`benchmarks.device.decode`). The ``compile`` row: a cold
-compile of the default pipeline in a fresh process with empty caches.
+one step of a layer over pages (`benchmarks.device.decode`). ``int8`` and ``gemv`` rows:
+single linears (`benchmarks.gpu_linear`). The ``compile`` row: a cold compile of the
+default pipeline in a fresh process with empty caches.
 ``speedup`` is over the fastest dense side, ``rate`` is visited pairs a second over
 those of that side. A side without memory or kernel is None and has a note.
 """
@@ -23,15 +24,17 @@ from benchmarks.device.attention import attention_row
 from benchmarks.device.decode import decode_row
 from benchmarks.device.prefill import compile_row, prefill_rows
 from benchmarks.device.timing import Row
+from benchmarks.gpu_linear import linear_rows, linear_summary
 from benchmarks.harness import keep
 from graphopt.errors import ConfigError
 
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
+ROWS, FEW_ROWS = (512, 4096), (1, 4, 16)  # of single linears
 PREFILL_LAYERS, COMPILE_LAYERS = 8, 16
 
 
 def main(quick: bool = False) -> dict[str, Any]:
-    """Measure all three; ConfigError where there is no device."""
+    """Measure all of them; ConfigError where there is no device."""
     if not torch.cuda.is_available():
         raise ConfigError(
             "bench gpu needs a CUDA device, and torch sees none: run it on a machine "
@@ -50,6 +53,7 @@ def main(quick: bool = False) -> dict[str, Any]:
 def _all_rows(
     lengths: tuple[int, ...], layers: tuple[int, int], notes: list[str]
 ) -> Iterator[Row]:
+    yield from linear_rows(ROWS[: len(lengths)], FEW_ROWS[: len(lengths)], notes)
     for tokens in lengths:
         yield attention_row("a-shape", tokens, notes)
     for tokens in lengths[::2]:
@@ -62,7 +66,7 @@ def _all_rows(
 
 
 def _summary(rows: list[Row]) -> dict[str, Any]:
-    """Return the figures of the longest prompt, and cold compile over Inductor's."""
+    """Return figures of the longest prompt, of linears, and of a cold compile."""
     own = [r for r in rows if r["what"] == "attention" and r["pattern"] == "a-shape"]
     longest, prefill = own[-1], [r for r in rows if r["what"] == "prefill"][-1]
     flex, cold = longest["flex_ms"], rows[-1]["speedup"]
@@ -73,6 +77,7 @@ def _summary(rows: list[Row]) -> dict[str, Any]:
         f"attention_over_flex_{longest['tokens']}": over_flex and round(over_flex, 3),
         f"prefill_speedup_{prefill['tokens']}": prefill["speedup"],
         "compile_ratio": cold and round(1 / cold, 3),
+        **linear_summary(rows),
     }
 
 
