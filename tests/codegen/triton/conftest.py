@@ -13,6 +13,7 @@ from multiprocessing import get_context
 import pytest
 
 from graphopt.codegen.triton.interpreter import is_interpreted
+from tests.codegen.triton.quick import quicken
 
 
 @pytest.fixture(scope="package")
@@ -21,7 +22,7 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setenv("GRAPHOPT_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
-        pool = ProcessPoolExecutor(1, get_context("spawn"))
+        pool = ProcessPoolExecutor(1, get_context("spawn"), quicken)
         assert pool.submit(is_interpreted).result()
     with pool:
         yield pool
