@@ -110,8 +110,7 @@ def _prefill_rows(
     sides: dict[str, Callable[[], object]] = {
         name: partial(_prefill, reader, prompt) for name, reader in readers.items()
     }
-    for side in sides.values():  # the first calls compile
-        side()
+    for side in sides.values():  # a first call compiles; llama.cpp has nothing to warm
         side()
     sides |= {name: partial(peer.prefill, name, prompt) for name in SIDES}
     tokens = prompt.shape[1]
