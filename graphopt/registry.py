@@ -18,6 +18,7 @@ _BUILT_IN = {
     "ragged-batch": "graphopt.passes.batching.ragged_batch:RaggedBatch",
     "packed-prefill": "graphopt.passes.batching.packed_prefill:PackedPrefill",
     "token-drop": "graphopt.passes.tokens.token_drop:TokenDrop",
+    "logit-arithmetic": "graphopt.passes.logits.logit_arithmetic:LogitArithmetic",
     "neuron-mask": "graphopt.passes.ffn.neuron_mask:NeuronMask",
     "onednn-linear": "graphopt.passes.linear.onednn_linear:OneDnnLinear",
     "shadow-outlier": "graphopt.passes.linear.shadow_outlier:ShadowOutlier",

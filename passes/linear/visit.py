@@ -7,7 +7,7 @@ from typing import Any
 
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import call, substitute
-from graphopt.ir.sites.linear import LinearSite
+from graphopt.ir.sites.linear import LinearSite, operands
 from graphopt.passes.base import PassResult
 from graphopt.remarks import Remark, missed
 
@@ -33,6 +33,7 @@ def visit_linears(
 def replace_linear(model: ModelGraph, site: LinearSite, op: Any, *more: Any) -> None:
     """Put ``op``(input, weight, bias, *more) in the place of ``site``."""
     graph = model.gm.graph
+    # Not the site's own: an input that was a linear itself has been replaced.
     with graph.inserting_before(site.node):
-        node = call(graph, op, (site.input, site.weight, site.bias, *more))
+        node = call(graph, op, (*operands(site.node), *more))
     substitute(model.gm, site.node, node)

@@ -43,7 +43,7 @@ def test_passes():
     attention = {"page-selection", "sparse-attention", "structured-mask"}
     batching = {"chunked-prefill", "packed-prefill", "ragged-batch", "schedule"}
     linear = {"onednn-linear", "shadow-outlier", "skinny-linear"}
-    others = {"neuron-mask", "token-drop", "weight-tying"}
+    others = {"logit-arithmetic", "neuron-mask", "token-drop", "weight-tying"}
     assert listed == {*attention, *batching, *linear, *others}
     text = graphopt("passes", "sparse-attention").stdout
     for part in ("MInference", "window", "1024", "tokens", "Refuses when"):

@@ -1,0 +1,1 @@
+"""Several language models in one graph: their logits combined, their linears shared."""
