@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +27,10 @@ def compile_fx(
         # Its C++ prints these checks with a name that it never declares
         # (pytorch#178148, mended in 2.12).
         patches = {"assert_indirect_indexing": False, **patches}
+    if "TORCHINDUCTOR_SIZE_ASSERTS" not in os.environ:
+        # Dynamo guards the sizes already; to check those of every weight again takes a
+        # tenth of a decoding step.
+        patches = {"size_asserts": False, **patches}
     compiled: Any = inductor(gm, example_inputs, config_patches=patches or None)
     return cast("Callable[..., Any]", compiled)
 

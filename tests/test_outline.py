@@ -6,7 +6,10 @@ import torch
 import transformers as tf
 
 import graphopt
-from graphopt.backend import last_reports
+from graphopt.backend import last_reports, rewrite
+from graphopt.options import parse_options
+from graphopt.outline import compile_outlined
+from graphopt.outline.lookups import find_lookups
 from tests.models import token_ids
 from tests.rewriting import by_pieces, rewritten
 
@@ -106,3 +109,23 @@ def test_gradients_flow_through_the_pieces():
     fast(ids, use_cache=False).logits.square().mean().backward()
     for name, parameter in fast.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-3)
+
+
+def test_lookups_run_before_the_pieces():
+    """Codes of all weights come from a plain call, not through a compiled piece."""
+    model, ids = llama(), torch.ones(1, 1, dtype=torch.long)
+    config = {"config": "shadow-outlier{activations=float,weights=memory}"}
+    graphs = []
+
+    def backend(gm, inputs):
+        rewrite(gm, parse_options(config))
+        outlined = compile_outlined(gm, lambda piece, _: piece)
+        graphs.append((find_lookups(gm.graph.nodes), outlined))
+        return outlined.run or gm
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=True)(ids)
+    ((lookups, outlined),) = graphs
+    assert outlined.kinds == 1 and len(lookups) == 1
+    assert "= lookup0((" in outlined.source
+    assert len(lookups[0].items) == 2 * 7 * 4

@@ -35,16 +35,17 @@ class Prepared(Generic[T]):
     def known(self, parameter: Tensor) -> T | None:
         """Return what was made of ``parameter`` as it is now; None if nothing was."""
         held = self._store.get(parameter)
-        if held is None or held[0] != _state(parameter):
+        if held is None or held[0] != state_of(parameter):
             return None
         found: T = held[1]
         return found
 
     def keep(self, parameter: Tensor, made: T) -> None:
         """Take ``made`` as what belongs to ``parameter`` as it is now."""
-        self._store[parameter] = (_state(parameter), made)
+        self._store[parameter] = (state_of(parameter), made)
 
 
-def _state(parameter: Tensor) -> tuple[int, ...]:
+def state_of(parameter: Tensor) -> tuple[int, ...]:
+    """Return what changes when ``parameter`` is written to or gets other storage."""
     version = 0 if parameter.is_inference() else parameter._version
     return (parameter.data_ptr(), version)

@@ -12,6 +12,7 @@ from torch import SymInt, fx
 from graphopt._compat import is_data_symbol, isolated_tracing
 from graphopt.outline.fresh import FreshSizes, SizeCheck, depends_on_data
 from graphopt.outline.guards import guard_alike, new_guards, shape_environment
+from graphopt.outline.lookups import Lookup, find_lookups
 from graphopt.outline.pieces import Piece, extract
 from graphopt.outline.segments import find_layers, operator_nodes, target_name
 
@@ -45,7 +46,8 @@ def compile_outlined(gm: fx.GraphModule, compile_one: CompileOne) -> Outlined:
     nodes = operator_nodes(gm.graph)
     if reason := _state_crosses(nodes, layers):
         return Outlined(None, reason=reason)
-    pieces = _cut(gm, nodes, layers)
+    lookups = find_lookups(nodes[: layers[0][0]])
+    pieces = _cut(gm, nodes, layers, {n for look in lookups for n in look.nodes})
     kinds = len({piece.key for piece in pieces[1:-1]})
     if kinds * 2 > len(layers):
         text = f"{len(layers)} layers are of {kinds} kinds, too few repeat"
@@ -54,16 +56,21 @@ def compile_outlined(gm: fx.GraphModule, compile_one: CompileOne) -> Outlined:
         compiled = compile_kinds(pieces, compile_one)
     except DataSizeError as error:
         return Outlined(None, len(layers), kinds, str(error))
-    source, run = emit(gm, pieces, compiled)
+    source, run = emit(gm, pieces, compiled, lookups)
     return Outlined(run, len(layers), kinds, source=source)
 
 
 def _cut(
-    gm: fx.GraphModule, nodes: list[fx.Node], layers: list[tuple[int, int]]
+    gm: fx.GraphModule,
+    nodes: list[fx.Node],
+    layers: list[tuple[int, int]],
+    looked_up: set[fx.Node],
 ) -> list[Piece]:
     symbols = size_inputs(gm)
-    bounds = [(0, layers[0][0]), *layers, (layers[-1][1], len(nodes))]
-    return [extract(gm, nodes[start:end], symbols) for start, end in bounds]
+    first = [node for node in nodes[: layers[0][0]] if node not in looked_up]
+    bounds = [*layers, (layers[-1][1], len(nodes))]
+    parts = [first, *(nodes[start:end] for start, end in bounds)]
+    return [extract(gm, part, symbols) for part in parts]
 
 
 def size_inputs(gm: fx.GraphModule) -> list[fx.Node]:
@@ -144,7 +151,10 @@ class DataSizeError(Exception):
 
 
 def emit(
-    gm: fx.GraphModule, pieces: Sequence[Piece], compiled: dict[str, Compiled]
+    gm: fx.GraphModule,
+    pieces: Sequence[Piece],
+    compiled: dict[str, Compiled],
+    lookups: Sequence[Lookup] = (),
 ) -> tuple[str, Compiled]:
     """Print the program that calls the pieces; values are dropped after last use."""
     output = next(n for n in gm.graph.nodes if n.op == "output")
@@ -153,6 +163,11 @@ def emit(
     last = {n: i for i, piece in enumerate(pieces) for n in piece.inputs}
     kept = set(output.all_input_nodes)
     lines = [f"def run({', '.join(n.name for n in placeholders)}):"]
+    scope: dict[str, Any] = {names[key]: fn for key, fn in compiled.items()}
+    for i, look in enumerate(lookups):
+        scope[f"lookup{i}"] = look.function
+        arguments = ", ".join(_result(value) for value in look.node.args)
+        lines.append(f"    ({look.targets()}) = lookup{i}({arguments})")
     for i, piece in enumerate(pieces):
         if not piece.outputs:
             continue
@@ -164,7 +179,6 @@ def emit(
             lines.append(f"    del {', '.join(dead)}")
     lines.append(f"    return {_result(output.args[0])}")
     source = "\n".join(lines) + "\n"
-    scope: dict[str, Any] = {names[key]: fn for key, fn in compiled.items()}
     exec(compile(source, "<graphopt outlined layers>", "exec"), scope)
     return source, scope["run"]
 
