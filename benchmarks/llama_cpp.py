@@ -44,9 +44,13 @@ STEPS = 32  # tokens of a timed decode
 ROOM = 8192  # the model's context, and of both sides' caches
 # One line a row. A config that codes weights leaves the float ones in memory
 # (``weights=memory``): the other sides read them.
+INT8 = "shadow-outlier{activations=float,head=true,weights=memory}"
 DECODE = (
     Case("lossless", "skinny-linear", paged=False),
     Case("1024, int8", "page-selection{budget=1024},skinny-linear", "int8"),
+    Case("int8 weights", INT8, paged=False),
+    Case("int8 weights, 1024, int8", f"page-selection{{budget=1024}},{INT8}", "int8"),
+    Case("int8 weights, every page", f"page-selection{{budget=8192}},{INT8}", "int8"),
 )
 
 
