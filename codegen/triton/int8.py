@@ -160,12 +160,15 @@ def on_device(settings: Tensor, device: torch.device) -> Tensor:
     """Return ``settings`` on ``device``; a copy of what lies on the CPU is kept."""
     if settings.device == device:
         return settings
-    return _held(tuple(settings.tolist()), device)
+    return held(tuple(settings.tolist()), device)
 
 
 @cache
-def _held(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Made on a thread of its own: a CUDA graph's pool would be overwritten."""
+def held(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return ``values`` as float32 that lives as long as the process.
+
+    Made on a thread of its own, as `graphopt.codegen.triton.attention.on_device`.
+    """
     made: list[Tensor] = []
 
     def make() -> None:
@@ -177,4 +180,11 @@ def _held(values: tuple[float, ...], device: torch.device) -> Tensor:
     return made[0]
 
 
-__all__ = ["MOST_ROWS", "shadow_product", "supports", "token_product", "weight_only"]
+__all__ = [
+    "MOST_ROWS",
+    "held",
+    "shadow_product",
+    "supports",
+    "token_product",
+    "weight_only",
+]
