@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from graphopt.ops.int8.weights import quantize_weight
-from graphopt.ops.neurons.gather import places_of
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
 _library.define(
@@ -35,34 +34,26 @@ def gather_codes(
 
     Raises ValueError where the buffers do not fit.
     """
-    plain, dim = (weight.t(), 1 - dim) if transposed else (weight, dim)
-    _check(plain, indices, codes, scales, dim, fused)
-    places = places_of(plain, indices, dim, fused)
-    found = plain.index_select(dim, places.flatten())
-    rows = found.unflatten(dim, places.shape).movedim(dim, 0) if dim else found
-    made, steps = quantize_weight(rows.reshape(-1, codes.shape[-1]))
+    sizes, rows = list(weight.shape), indices.shape[0]
+    sizes[dim] = fused * indices.shape[1]
+    _check(sizes[::-1] if transposed else sizes, rows, codes, scales)
+    found = weight.new_empty([rows, *sizes])
+    torch.ops.graphopt.gather_neurons(weight, indices, found, dim, fused)
+    found = found.transpose(1, 2) if transposed else found
+    made, steps = quantize_weight(found.reshape(-1, codes.shape[-1]))
     codes.copy_(made.view(codes.shape))
     scales.copy_(steps.view(scales.shape))
 
 
-# Decomposed wherever it is traced: Inductor makes one loop over each row of it.
+# Decomposed wherever it is traced, so that Inductor makes loops of what is no gather.
 torch.library.impl(_library, "gather_codes", "CompositeImplicitAutograd")(gather_codes)
 
 
-def _check(
-    plain: Tensor,
-    indices: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    dim: int,
-    fused: int,
-) -> None:
-    rows, wanted = indices.shape[0], list(plain.shape)
-    wanted[dim] = fused * indices.shape[1]
-    wanted = wanted if rows == 1 else [rows, *wanted]
+def _check(sizes: list[int], rows: int, codes: Tensor, scales: Tensor) -> None:
+    """``sizes``: of what is gathered for each of ``rows``, outputs by inputs."""
+    wanted = sizes if rows == 1 else [rows, *sizes]
     if list(codes.shape) != wanted or list(scales.shape) != wanted[:-1]:
         raise ValueError(
             f"graphopt.gather_codes: codes {tuple(codes.shape)} with scales "
-            f"{tuple(scales.shape)} do not fit {rows} choices of {indices.shape[1]} of "
-            f"{tuple(plain.shape)}"
+            f"{tuple(scales.shape)} do not fit {rows} choices of {sizes}"
         )
