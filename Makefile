@@ -44,8 +44,9 @@ $(STAMPS)/model: $(STAMPS)/graphopt
 	$(BIN)/python -c "from graphopt.models import load; load('smollm2')"
 	@touch $@
 
+# Work is stolen from the far end: what a file's tests share is mostly made once.
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --junitxml=$(RESULTS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --junitxml=$(RESULTS) $(PYTEST_ARGS)
 
 demo: setup
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
