@@ -157,7 +157,7 @@ def test_idempotent(name):
         assert graph_text(gm) == once
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral"])
 def test_the_exact_setting_is_bit_for_bit(name):
     gm = capture(TINY[name](), input_ids=token_ids(1, 50), use_cache=True)[0]
     with torch.no_grad():

@@ -28,5 +28,20 @@ def pairwise(factors: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
         yield best
 
 
+def on_two(things: Sequence[Any], targets: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Return each thing with two targets, so that each target gets half of all."""
+    count = len(targets)
+    return [
+        (thing, targets[(place + step) % count])
+        for place, thing in enumerate(things)
+        for step in (0, 1)
+    ]
+
+
+def name_of(given: Any) -> str:
+    """Return what a parameter is called in the name of a test."""
+    return str(getattr(given, "name", given))
+
+
 def _pairs(chosen: Mapping[str, Any]) -> set[tuple[Any, ...]]:
     return set(itertools.combinations(sorted(chosen.items()), 2))

@@ -19,6 +19,8 @@ from graphopt.codegen.triton.pages_ahead import (
 from graphopt.codegen.triton.pages_emit import emit_append, emit_page_attention
 from graphopt.codegen.triton.pages_spec import AppendSpec, PageAttentionSpec
 from graphopt.codegen.triton.spec import DTYPES
+from tests.codegen.triton.pairwise import name_of as pair_name
+from tests.codegen.triton.pairwise import on_two
 
 GPUS = tuple(name for name, t in TARGETS.items() if t.is_gpu)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -105,8 +107,11 @@ def _compiler():
 
 
 @pytest.mark.usefixtures("_compiler")
-@pytest.mark.parametrize("name", GPUS)
-@pytest.mark.parametrize("spec", BUILT_APPENDS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    on_two(BUILT_APPENDS, GPUS),
+    ids=pair_name,
+)
 def test_appending_spills_nothing(spec, name):
     fits(compile_append(spec, TARGETS[name]), name)
 

@@ -18,6 +18,8 @@ from graphopt.codegen.triton.select_spec import ROWS, EstimateSpec
 from graphopt.codegen.triton.spec import DTYPES
 from graphopt.errors import KernelError
 from graphopt.ops.estimate import LAST_QUERIES
+from tests.codegen.triton.pairwise import name_of as pair_name
+from tests.codegen.triton.pairwise import on_two
 from tests.codegen.triton.select_cases import Case, cases, check, inputs
 from tests.oracle import tensors
 
@@ -128,19 +130,18 @@ def test_what_has_no_kernel_is_refused():
         select.launch(q, k, None, ([0], [1], [2], [2]), (3, 2), 0, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("target", GPUS, ids=lambda target: target.name)
+ESTIMATES = [
+    (BF16, 64, (False, False)),
+    (BF16, 128, (True, True)),
+    (FP16, 256, (False, True)),
+    (FP32, 128, (True, False)),
+]
+
+
 @pytest.mark.parametrize("kernel", ["statistics", "masses"])
-@pytest.mark.parametrize(
-    ("dtype", "dim", "flags"),
-    [
-        (BF16, 64, (False, False)),
-        (BF16, 128, (True, True)),
-        (FP16, 256, (False, True)),
-        (FP32, 128, (True, False)),
-    ],
-    ids=str,
-)
-def test_passes_compile_without_spills(target, kernel, dtype, dim, flags):
+@pytest.mark.parametrize(("estimate", "target"), on_two(ESTIMATES, GPUS), ids=pair_name)
+def test_passes_compile_without_spills(estimate, target, kernel):
+    dtype, dim, flags = estimate
     compiled = compile_estimate(EstimateSpec(dtype, dim, 4, *flags), target, kernel)
     assert compiled.spills == 0
     assert 0 < compiled.shared_memory <= target.shared_memory

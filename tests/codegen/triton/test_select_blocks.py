@@ -18,6 +18,8 @@ from graphopt.errors import KernelError
 from graphopt.ops import block_device, block_selection
 from graphopt.ops.block_kinds import STRIDED_BLOCK
 from graphopt.ops.block_runs import runs_of
+from tests.codegen.triton.pairwise import name_of as pair_name
+from tests.codegen.triton.pairwise import on_two
 from tests.ops.test_block_selection import MIXED, STRIDED, padding
 from tests.oracle import TOLERANCE, tensors
 
@@ -151,17 +153,16 @@ def test_what_has_no_kernel_is_refused():
         launch("all", 1.0, None, torch.ones(1, 1), lists, *rest)
 
 
-@pytest.mark.parametrize("target", GPUS, ids=lambda target: target.name)
-@pytest.mark.parametrize(
-    ("dtype", "dim", "stride", "softcap"),
-    [
-        (torch.bfloat16, 128, 8, False),
-        (torch.float16, 80, 16, True),
-        (torch.float32, 128, 4, False),
-    ],
-    ids=str,
-)
-def test_estimates_compile_without_spills(target, dtype, dim, stride, softcap):
+ESTIMATES = [
+    (torch.bfloat16, 128, 8, False),
+    (torch.float16, 80, 16, True),
+    (torch.float32, 128, 4, False),
+]
+
+
+@pytest.mark.parametrize(("estimate", "target"), on_two(ESTIMATES, GPUS), ids=pair_name)
+def test_estimates_compile_without_spills(estimate, target):
+    dtype, dim, stride, softcap = estimate
     spec = StridedSpec(dtype, dim, 4, stride, softcap)
     compiled = compile_strided(spec, target)
     assert compiled.spills == 0
@@ -170,15 +171,17 @@ def test_estimates_compile_without_spills(target, dtype, dim, stride, softcap):
     assert compiled.has_wgmma == (target.name == "sm_90" and not single)
 
 
-# The costlier choice for one target of each maker, the other for all.
+# Each choice for one target of each maker, and each target for one choice.
+NAMES = {
+    "mass": ("sm_90", "gfx942"),
+    "best": ("sm_100", "gfx942"),
+    "all": ("sm_80", "gfx942"),
+}
+
+
 @pytest.mark.parametrize(
     ("choice", "target"),
-    [
-        (choice, target)
-        for choice in CHOICES
-        for target in GPUS
-        if choice != "mass" or target.name in ("sm_90", "gfx942")
-    ],
+    [(choice, TARGETS[name]) for choice in CHOICES for name in NAMES[choice]],
     ids=lambda given: str(getattr(given, "name", given)),
 )
 def test_compiles_for_every_target(target, choice):
