@@ -147,7 +147,7 @@ def _compile(
         assert outlined.run is not None
         return outlined.run, _outline_remark(outlined)
     if options.outline:
-        outlined = compile_outlined(gm, compile_one)
+        outlined = compile_outlined(gm, compile_one, options.outline)
         if outlined.run is not None:
             return outlined.run, _outline_remark(outlined)
         remark = missed("layers", "not-outlined", outlined.reason)
@@ -179,7 +179,7 @@ def _compile_whole(
 def _outline_remark(outlined: Outlined) -> Remark:
     if outlined.reason:
         return missed("layers", "not-outlined", outlined.reason)
-    text = f"{outlined.layers} layers of {outlined.kinds} kind(s), each compiled once"
+    text = f"{outlined.layers} layers, {outlined.kinds} kind(s) of pieces compiled once"
     return applied("layers", text, layers=outlined.layers, kinds=outlined.kinds)
 
 

@@ -22,7 +22,7 @@ class BackendOptions:
     verify: str = "structure"
     report: Path | None = None
     strict: bool = False
-    outline: bool = True
+    outline: int = 1  # layers of a compiled piece; 0: the graph stays whole
     inductor: dict[str, Any] = field(default_factory=dict)
 
 
@@ -32,8 +32,10 @@ def parse_options(
     """Check ``options`` and ``mode``.
 
     Keys: ``config`` (path, dict, one-line text or None), ``verify`` (off, structure,
-    numeric), ``report`` (directory), ``strict``, ``outline`` and ``inductor`` (a dict
-    of Inductor's own options). Raises ConfigError with the nearest right name.
+    numeric), ``report`` (directory), ``strict``, ``outline`` (repeated layers are
+    compiled once: True, False, or how many layers a compiled piece has) and
+    ``inductor`` (a dict of Inductor's own options). Raises ConfigError with the nearest
+    right name.
     """
     given = dict(options or {})
     names = [f.name for f in fields(BackendOptions)]
@@ -44,9 +46,11 @@ def parse_options(
                 hint = "; it is Inductor's: put it under options['inductor']"
             raise ConfigError(f"options: unknown key '{key}'{hint}")
     _check_verify(given.get("verify", "structure"))
-    for key in ("strict", "outline"):
-        if not isinstance(given.get(key, False), bool):
-            raise ConfigError(f"options: '{key}' is True or False, not {given[key]!r}")
+    if not isinstance(given.get("strict", False), bool):
+        raise ConfigError(
+            f"options: 'strict' is True or False, not {given['strict']!r}"
+        )
+    given["outline"] = _outline(given.get("outline", True))
     report = given.get("report")
     given["report"] = Path(report) if report is not None else None
     given["config"] = load_config(given.get("config"))
@@ -58,6 +62,13 @@ def _check_verify(value: object) -> None:
     if value not in VERIFY:
         hint = did_you_mean(str(value), VERIFY)
         raise ConfigError(f"options: verify = {value!r} is not known{hint}")
+
+
+def _outline(value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        what = "True, False or a number of layers"
+        raise ConfigError(f"options: 'outline' is {what}, not {value!r}")
+    return int(value)
 
 
 def _inductor(options: Any, mode: str | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers as tf
 
@@ -111,21 +112,36 @@ def test_gradients_flow_through_the_pieces():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-3)
 
 
-def test_lookups_run_before_the_pieces():
+@pytest.mark.parametrize("together", [1, 2])
+def test_lookups_run_before_the_pieces(together):
     """Codes of all weights come from a plain call, not through a compiled piece."""
     model, ids = llama(), torch.ones(1, 1, dtype=torch.long)
-    config = {"config": "shadow-outlier{activations=float,weights=memory}"}
-    graphs = []
+    config = "shadow-outlier{activations=float,weights=memory}"
+    found = []
 
-    def backend(gm, inputs):
-        rewrite(gm, parse_options(config))
-        outlined = compile_outlined(gm, lambda piece, _: piece)
-        graphs.append((find_lookups(gm.graph.nodes), outlined))
-        return outlined.run or gm
+    def host(gm, _):
+        outlined = compile_outlined(gm, lambda piece, _: piece, together)
+        found.append((find_lookups(gm.graph.nodes), outlined))
+        return outlined.run
 
     with torch.no_grad():
-        torch.compile(model, backend=backend, dynamic=True)(ids)
-    ((lookups, outlined),) = graphs
+        actual = rewritten(model, config, host=host)(ids).logits
+        expected = rewritten(model, config)(ids).logits
+    assert torch.equal(actual, expected)
+    ((lookups, outlined),) = found
     assert outlined.kinds == 1 and len(lookups) == 1
     assert "= lookup0((" in outlined.source
+    assert outlined.source.count("= piece") == 2 + 4 // together
     assert len(lookups[0].items) == 2 * 7 * 4
+
+
+def test_pieces_of_many_layers_are_not_alike():
+    model, ids, found = llama(), torch.ones(1, 3, dtype=torch.long), []
+
+    def host(gm, _):
+        found.append(compile_outlined(gm, lambda piece, _: piece, 3))
+        return gm
+
+    rewritten(model, "", host=host)(ids)
+    assert found[0].run is None
+    assert "2 pieces of 3 layers are of 2 kinds" in found[0].reason

@@ -30,11 +30,11 @@ _KEY = "loop"
 def compile_loop(
     gm: fx.GraphModule,
     compile_one: CompileOne,
-    outline: bool,
+    outline: int,
     tell: Tell = lambda remark: None,
     cuda_graphs: bool = False,
 ) -> Outlined:
-    """Compile ``gm``, which calls a loop; ``outline`` its body layer by layer.
+    """Compile ``gm``, which calls a loop; ``outline`` layers of its body to a piece.
 
     Chunks that have an order of their own are compiled by op groups instead, and
     ``tell`` is given the remarks of what their runs find; not with ``cuda_graphs``.
@@ -91,10 +91,10 @@ def _refusal(device: str, cuda_graphs: bool) -> tuple[str, str] | None:
     return None
 
 
-def _compile_body(loop: ChunkLoop, compile_one: CompileOne, outline: bool) -> Outlined:
+def _compile_body(loop: ChunkLoop, compile_one: CompileOne, outline: int) -> Outlined:
     body = loop.body
     if outline:
-        outlined = compile_outlined(body, compile_one)
+        outlined = compile_outlined(body, compile_one, outline)
         if outlined.run is not None:
             return outlined
     else:

@@ -33,9 +33,12 @@ class Outlined:
     source: str = field(default="", repr=False)
 
 
-def compile_outlined(gm: fx.GraphModule, compile_one: CompileOne) -> Outlined:
+def compile_outlined(
+    gm: fx.GraphModule, compile_one: CompileOne, together: int = 1
+) -> Outlined:
     """Compile ``gm`` by pieces, or return why not (``run`` is None then).
 
+    A piece has ``together`` layers: more take longer to compile and less to call.
     ``compile_one(module, example_inputs)`` returns a callable that takes the inputs and
     gives a sequence of outputs. Results are those of the whole graph: each piece is the
     very operators, in the order of the graph.
@@ -46,11 +49,16 @@ def compile_outlined(gm: fx.GraphModule, compile_one: CompileOne) -> Outlined:
     nodes = operator_nodes(gm.graph)
     if reason := _state_crosses(nodes, layers):
         return Outlined(None, reason=reason)
+    parts = [
+        (layers[i][0], layers[min(i + together, len(layers)) - 1][1])
+        for i in range(0, len(layers), together)
+    ]
     lookups = find_lookups(nodes[: layers[0][0]])
-    pieces = _cut(gm, nodes, layers, {n for look in lookups for n in look.nodes})
+    pieces = _cut(gm, nodes, parts, {n for look in lookups for n in look.nodes})
     kinds = len({piece.key for piece in pieces[1:-1]})
-    if kinds * 2 > len(layers):
-        text = f"{len(layers)} layers are of {kinds} kinds, too few repeat"
+    if kinds * 2 > len(parts):
+        what = "layers" if together == 1 else f"pieces of {together} layers"
+        text = f"{len(parts)} {what} are of {kinds} kinds, too few repeat"
         return Outlined(None, len(layers), kinds, text)
     try:
         compiled = compile_kinds(pieces, compile_one)

@@ -72,7 +72,10 @@ def rewrite_linears(
     an input that several linears share is coded once. A site without a setting gets a
     scale a token, at run time.
     """
-    rows = _rows(gm, {setting: None for _, setting in sites if setting is not None})
+    devices = {value_of(site.input).device for site, _ in sites}
+    gpus = [device for device in devices if device.type != "cpu"]
+    wanted = {setting: None for _, setting in sites if setting is not None}
+    rows = _rows(gm, wanted, gpus if len(gpus) == 1 else [])
     codes: dict[tuple[fx.Node, InputSetting], fx.Node] = {}
     texts = []
     for site, setting in sites:
@@ -94,9 +97,13 @@ def rewrite_linears(
 
 
 def _rows(
-    gm: fx.GraphModule, settings: Iterable[InputSetting]
+    gm: fx.GraphModule, settings: Iterable[InputSetting], device: list[torch.device]
 ) -> dict[InputSetting, fx.Node]:
-    """Insert the table of ``settings`` and return the node of each one's row."""
+    """Insert the table of ``settings`` and return the node of each one's row.
+
+    ``device``: the GPU on which kernels read it; none for the CPU, and where there are
+    several: their kernels take it from there.
+    """
     wanted = list(settings)
     if not wanted:
         return {}
@@ -104,10 +111,12 @@ def _rows(
     inputs = gm.graph.find_nodes(op="placeholder")
     with gm.graph.inserting_after(inputs[-1]):
         table = gm.graph.call_function(
-            torch.ops.graphopt.constants.default, (values, 2)
+            torch.ops.graphopt.constants.default, (values, 2, *device)
         )
     with fake_mode_of(gm):
-        table.meta["example_value"] = torch.empty(len(wanted), 2)
+        table.meta["example_value"] = torch.empty(
+            len(wanted), 2, device=device[0] if device else None
+        )
     found, last = {}, table
     for index, setting in enumerate(wanted):
         with gm.graph.inserting_after(last):

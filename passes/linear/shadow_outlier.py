@@ -26,7 +26,10 @@ from graphopt.passes.linear.int8_sites import (
     rewrite_linears,
     rewrite_weights,
 )
-from graphopt.remarks import Remark, applied, missed
+from graphopt.remarks import Remark, analysis, applied, missed
+
+# On a GPU the shadow reads columns of the float weight where the weight lies.
+_ON_DEVICE = "float weights stay on the device beside the codes: no file on a GPU"
 
 _Named = tuple[str, LinearSite, InputSetting | None]
 
@@ -76,7 +79,7 @@ class ShadowOutlier(Pass):
     - ``changes``: the weight is no parameter, so each call would turn it into codes;
     - ``layer``: the linear belongs to no layer of ``layers``; the LM head, whose error
       goes to the logits as it is, without ``head = true``;
-    - ``unsupported``: the device is no CPU, or operands of other types.
+    - ``unsupported``: the device is neither CPU nor CUDA, or operands of other types.
     """
 
     name: ClassVar[str] = "shadow-outlier"
@@ -139,20 +142,25 @@ class ShadowOutlier(Pass):
                 remarks.append(missed(name, *refusal))
             else:
                 sites.append((name, site, setting))
-        remarks += self._rewrite(model, sites)
+        on_cpu = context.device == "cpu"
+        if sites and self.weights == "file" and not on_cpu:
+            remarks.append(analysis("graph", "weights", _ON_DEVICE))
+        remarks += self._rewrite(model, sites, on_cpu)
         return PassResult(bool(sites), tuple(remarks), {"sites": len(model.linears)})
 
-    def _rewrite(self, model: ModelGraph, sites: list[_Named]) -> list[Remark]:
-        kept = Kept(self.capacity, self.hot, self.weights == "file")
+    def _rewrite(
+        self, model: ModelGraph, sites: list[_Named], has_file: bool
+    ) -> list[Remark]:
+        kept = Kept(self.capacity, self.hot, has_file and self.weights == "file")
         few = [site for _, site, _ in sites if self._keeps_activations(site)]
         many = [(site, x) for _, site, x in sites if site not in few]
-        saved = {site.node: _bytes_saved(site) for _, site, _ in sites}
+        saved = {site.node: _bytes_saved(site, kept) for _, site, _ in sites}
         texts = {s.node: f"int8 weights over {s.rows} row(s)" for s in few}
         nodes = [site.node for site, _ in many]
         rewrite_weights(model.gm, few, kept)
         texts |= zip(nodes, rewrite_linears(model.gm, many, kept), strict=True)
         return [
-            applied(name, texts[site.node], bytes_saved=saved[site.node])
+            applied(name, texts[site.node], **saved[site.node])
             for name, site, _ in sites
         ]
 
@@ -181,7 +189,7 @@ class ShadowOutlier(Pass):
             return "done", "another pass has rewritten the linear"
         if site.node not in wanted:
             return "layer", "it belongs to no layer that is rewritten"
-        if context.device != "cpu":
+        if context.device not in ("cpu", "cuda"):
             return "unsupported", f"there is no int8 kernel for {context.device}"
         if reason := site.unsupported():
             return "unsupported", reason
@@ -203,6 +211,8 @@ def _uncalibrated(site: LinearSite) -> tuple[str, str]:
     return "uncalibrated", f"there is no range for the input of {name}"
 
 
-def _bytes_saved(site: LinearSite) -> int:
+def _bytes_saved(site: LinearSite, kept: Kept) -> dict[str, int]:
+    """Codes that lie beside the float weight save no memory."""
     weight = value_of(site.weight)
-    return int(weight.numel() * (weight.itemsize - 1))
+    saved = int(weight.numel() * (weight.itemsize - 1))
+    return {"bytes_saved": saved} if kept.on_file else {}

@@ -14,7 +14,9 @@ from graphopt.calibration.observe import calibrate
 from graphopt.config import load_config
 from graphopt.errors import ConfigError
 from graphopt.graph_diff import reports_of
+from graphopt.ir.model_graph import ModelGraph
 from graphopt.ops.int8.weights import quantize_weight
+from graphopt.passes.base import PassContext
 from graphopt.passes.linear.int8_settings import read_settings
 from tests.models import TINY, capture, token_ids
 from tests.rewriting import by_pieces, rewritten, traced
@@ -234,14 +236,18 @@ def test_refusals(scales):
     assert other == {"uncalibrated", "layer"}
 
 
-def test_other_devices(scales):
-    from graphopt.ir.model_graph import ModelGraph
-    from graphopt.passes.base import PassContext
-
+@pytest.mark.parametrize(
+    ("device", "kind", "code"),
+    [("cuda", "analysis", "weights"), ("xpu", "missed", "unsupported")],
+)
+def test_other_devices(scales, device, kind, code):
+    """A GPU has kernels but no file for the float weights; others have neither."""
     (gm,) = capture(TINY["llama"](), input_ids=token_ids(1, 9))
-    (item,) = load_config(config_of(scales("llama"))).pipeline
-    result = item.run(ModelGraph(gm), PassContext(device="cuda"))
-    assert not result.changed and "unsupported" in {r.code for r in result.remarks}
+    (item,) = load_config(config_of(scales("llama"), weights="file")).pipeline
+    result = item.run(ModelGraph(gm), PassContext(device=device))
+    assert (kind, code) in {(r.kind, r.code) for r in result.remarks}
+    assert result.changed == (device == "cuda")
+    assert not any("bytes_saved" in r.figures for r in result.remarks)
 
 
 def test_mistakes(tmp_path):

@@ -17,12 +17,21 @@ from torch import Tensor
 LEAST, MOST, ZERO = -128, 127, 128  # in steps; the code that stands for zero
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
-_library.define("constants(float[] values, int width) -> Tensor")
+_library.define("constants(float[] values, int width, Device? device=None) -> Tensor")
 _library.define("quantize(Tensor input, Tensor settings) -> Tensor")
 
 
-def constants(values: list[float], width: int) -> Tensor:
-    """Return ``values`` as float32 [len(values) / width, width], on the CPU."""
+def constants(
+    values: list[float], width: int, device: torch.device | None = None
+) -> Tensor:
+    """Return ``values`` as float32 [len(values) / width, width], on the CPU or a GPU.
+
+    Those on a GPU are copied there once, since a CUDA graph cannot do so.
+    """
+    if device is not None and device.type == "cuda":
+        from graphopt.codegen.triton.int8 import held
+
+        return held(tuple(values), device).view(-1, width).clone()
     return torch.tensor(values, dtype=torch.float32).view(-1, width)
 
 
@@ -30,8 +39,9 @@ torch.library.impl(_library, "constants", "CompositeExplicitAutograd")(constants
 
 
 @torch.library.register_fake("graphopt::constants", lib=_library)
-def _(values: list[float], width: int) -> Tensor:
-    return torch.empty(len(values) // width, width, dtype=torch.float32)
+def _(values: list[float], width: int, device: torch.device | None = None) -> Tensor:
+    sizes = (len(values) // width, width)
+    return torch.empty(sizes, dtype=torch.float32, device=device)
 
 
 def quantize(input: Tensor, settings: Tensor) -> Tensor:

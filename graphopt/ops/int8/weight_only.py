@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from graphopt.ops.int8.cuda_rows import serves_rows
 from graphopt.ops.int8.prepare import coded_weight
 from graphopt.ops.prepared import state_of
 
@@ -101,6 +102,9 @@ def weight_only_linear(
     products that Inductor makes one loop of, with sums in float32 at least, as
     `graphopt.ops.skinny_linear`; over more the weights are made float for the call.
     """
+    if serves_rows(input):  # on a GPU
+        found: Tensor = torch.ops.graphopt.weight_only_rows(input, codes, bias, scales)
+        return found
     wide = torch.promote_types(input.dtype, torch.float32)
     rows = input.reshape(-1, input.shape[-1])
     if not isinstance(rows.shape[0], int) or rows.shape[0] > FEW_ROWS:
