@@ -7,8 +7,7 @@ import torch
 import transformers as tf
 
 import graphopt
-from graphopt.backend import last_reports, rewrite
-from graphopt.options import parse_options
+from graphopt.backend import last_reports
 from graphopt.outline import compile_outlined
 from graphopt.outline.lookups import find_lookups
 from tests.models import token_ids
