@@ -21,7 +21,8 @@ Past = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
 class Case:
     """A row: graphopt's ``config`` and what its cache keeps.
 
-    ``paged``: decode over graphopt.Cache; a DynamicCache otherwise.
+    ``paged``: decode over graphopt.Cache; a DynamicCache otherwise. ``together``:
+    layers of a compiled piece.
     """
 
     name: str
@@ -29,12 +30,12 @@ class Case:
     kv_dtype: Any = None
     statistics: Any = "spread"
     paged: bool = True
+    together: int = 1
 
     def compiled(self, model: Any) -> Any:
         """Return an entry into ``model`` of this case's own."""
-        return torch.compile(
-            model, backend="graphopt", dynamic=True, options={"config": self.config}
-        )
+        options: Any = {"config": self.config, "outline": self.together}
+        return torch.compile(model, backend="graphopt", dynamic=True, options=options)
 
     def cache(self, max_tokens: int) -> Any:
         """Return an empty cache with room for ``max_tokens``."""

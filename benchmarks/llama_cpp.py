@@ -51,6 +51,13 @@ DECODE = (
     Case("int8 weights", INT8, paged=False),
     Case("int8 weights, 1024, int8", f"page-selection{{budget=1024}},{INT8}", "int8"),
     Case("int8 weights, every page", f"page-selection{{budget=8192}},{INT8}", "int8"),
+    Case("int8 weights, 5 layers a piece", INT8, paged=False, together=5),
+    Case(
+        "int8 weights, 1024, int8, 5 layers a piece",
+        f"page-selection{{budget=1024}},{INT8}",
+        "int8",
+        together=5,
+    ),
 )
 
 
