@@ -155,9 +155,7 @@ def distil(
     master = load(teacher, wanted).model.to(place) if teacher else None
     partial = path.with_name(path.name + ".partial")
     with progress_bar() as say:
-        training = learngene.Training(
-            student, examples, settings, master, partial, say, names=(model, teacher)
-        )
+        training = learngene.Training(student, examples, settings, master, partial, say)
         losses = training.run()
     found = {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1]}
     _write(student.cpu(), loaded, path, as_json, {**found, "seed": seed})

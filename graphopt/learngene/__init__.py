@@ -6,12 +6,14 @@ depth from its stages, whose layers have parameters of their own again.
 """
 
 from graphopt.learngene.build import build, even_stages
+from graphopt.learngene.evaluation import evaluate
 from graphopt.learngene.examples import Examples, read_examples, text_examples
 from graphopt.learngene.expand import even_map, expand
 from graphopt.learngene.files import load, save
 from graphopt.learngene.objective import distillation_loss
+from graphopt.learngene.settings import TrainSettings
 from graphopt.learngene.stack import LayerStack, find_stack, stored_parameters
-from graphopt.learngene.training import Training, TrainSettings, distil, evaluate
+from graphopt.learngene.training import Training, distil
 from graphopt.learngene.tying import StagePlan, plan_of, tie
 
 __all__ = [

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import ConfigError
-from graphopt.learngene.depth import is_transformers, with_depth
+from graphopt.learngene.depth import with_depth
 from graphopt.learngene.stack import LayerStack, find_stack
-from graphopt.learngene.tying import StagePlan, plan_of, tie
+from graphopt.learngene.tying import StagePlan, is_transformers, plan_of, tie
 
 Init = Literal["first", "mean", "random"]
 Givers = Callable[[int, str], Sequence[int]]

@@ -10,12 +10,13 @@ from torch import nn
 
 from graphopt.errors import ModelError
 from graphopt.learngene.stack import LayerStack, find_stack
-from graphopt.learngene.tying import CONFIG_KEY, StagePlan, tied_class, untied_class
-
-
-def is_transformers(model: nn.Module) -> bool:
-    """Tell whether ``model`` is made from a config, as transformers' are."""
-    return hasattr(model, "config") and hasattr(model, "save_pretrained")
+from graphopt.learngene.tying import (
+    CONFIG_KEY,
+    StagePlan,
+    is_transformers,
+    tied_class,
+    untied_class,
+)
 
 
 def with_depth(

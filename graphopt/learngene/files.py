@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from graphopt.errors import ModelError
-from graphopt.learngene.depth import is_transformers
-from graphopt.learngene.tying import plan_of, tie
+from graphopt.learngene.tying import is_transformers, plan_of, tie
 
 _WEIGHTS, _PLAN = "model.safetensors", "learngene.json"
 

@@ -2,60 +2,25 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from graphopt.errors import ConfigError, ModelError
 from graphopt.learngene.checkpoint import Checkpoint
+from graphopt.learngene.evaluation import device_of, logits_of
 from graphopt.learngene.examples import Examples
 from graphopt.learngene.files import load_unique, unique_state
-from graphopt.learngene.objective import Divide, distillation_loss
+from graphopt.learngene.objective import distillation_loss
+from graphopt.learngene.settings import TrainSettings
 
 Say = Callable[[str, int, int], None]  # what is done, how many are, of how many
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train; the defaults are the paper's for the auxiliary model, but for size.
-
-    ``alpha`` is the share of the teacher's distribution (1: no label is used), ``rate``
-    the greatest learning rate of AdamW, reached after ``warmup`` epochs from
-    ``warm_rate`` and left on a cosine for ``least_rate``. ``decay`` holds for matrices
-    alone: not for vectors, nor for tensors with one row (class token, positions).
-    A step takes ``batch`` examples; the rest of an epoch that makes no batch is left
-    out. ``clip`` bounds the norm of the gradient (0: it does not). ``keep_every`` steps
-    a checkpoint is written.
-    """
-
-    epochs: int = 1
-    batch: int = 64
-    rate: float = 5e-4
-    warm_rate: float = 1e-6
-    least_rate: float = 1e-5
-    warmup: float = 0.0
-    decay: float = 0.05
-    alpha: float = 1.0
-    temperature: float = 1.0
-    divide: Divide = "elements"
-    smoothing: float = 0.0
-    clip: float = 0.0
-    seed: int = 0
-    keep_every: int = 200
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0 or self.temperature <= 0.0:
-            raise ConfigError("alpha is between 0 and 1, the temperature above 0")
-        if self.divide not in ("elements", "rows"):
-            raise ConfigError(f"divide '{self.divide}': use elements or rows")
-        if min(self.epochs, self.batch, self.keep_every) < 1:
-            raise ConfigError("epochs, batch and keep_every are at least 1")
 
 
 @dataclass
@@ -72,7 +37,6 @@ class Training:
     teacher: nn.Module | None = None
     path: Path | None = None
     say: Say = lambda what, done, of: None
-    names: tuple[str | None, ...] = ()  # of both models, for the checkpoint to tell
 
     def __post_init__(self) -> None:
         given = self.settings
@@ -88,7 +52,7 @@ class Training:
         self._optimiser = torch.optim.AdamW(groups, eps=1e-8)
         for group in self._optimiser.param_groups:
             group["lr"] = given.rate
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, self._share)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, self._rate)
         self._checkpoint = None
         if self.path is not None:
             self._checkpoint = Checkpoint(self.path, self._identity())
@@ -157,22 +121,16 @@ class Training:
         options: dict[str, Any] = {name: getattr(given, name) for name in names}
         return distillation_loss(rows, wanted, labels, **options)
 
-    def _share(self, step: int) -> float:
-        """Return the share of the greatest rate at ``step``."""
-        given = self.settings
-        warm = round(given.warmup * self._each)
-        if step < warm:
-            start = given.warm_rate / given.rate
-            return start + (1.0 - start) * step / warm
-        done = (step - warm) / max(self.steps - warm, 1)
-        least = min(given.least_rate / given.rate, 1.0)
-        return least + (1.0 - least) * 0.5 * (1.0 + math.cos(math.pi * done))
+    def _rate(self, step: int) -> float:
+        return self.settings.share(step, self.steps, self._each)
 
     def _identity(self) -> dict[str, Any]:
-        teacher = None if self.teacher is None else type(self.teacher).__name__
-        known = {"examples": self.examples.digest, "teacher": teacher}
-        known["student"] = type(self.student).__name__
-        return {**asdict(self.settings), **known, "models": self.names}
+        known = {
+            "examples": self.examples.digest,
+            "student": _mark(self.student),
+            "teacher": None if self.teacher is None else _mark(self.teacher),
+        }
+        return {**asdict(self.settings), **known}
 
     def _keep(self, losses: list[float]) -> None:
         if self._checkpoint is None:
@@ -213,40 +171,17 @@ def distil(
     return Training(student, examples, given, teacher.eval(), path, say).run()
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, examples: Examples, batch: int = 256
-) -> dict[str, float]:
-    """Return ``accuracy`` (share of the best class) and ``loss`` (nats a row)."""
-    was_training = model.training
-    model.eval()
-    right = total = loss = 0.0
-    for part in examples.batches(batch, device_of(model)):
-        rows, labels = part.scored(logits_of(model, part))
-        if labels is None:
-            raise ConfigError("evaluate needs labels, or token ids")
-        loss += float(F.cross_entropy(rows.float(), labels, reduction="sum"))
-        right += float((rows.argmax(-1) == labels).sum())
-        total += len(labels)
-    model.train(was_training)
-    return {"accuracy": right / total, "loss": loss / total}
-
-
-def logits_of(model: nn.Module, batch: Examples) -> Tensor:
-    """Return the logits of a model, whichever way it returns them."""
-    decodes = hasattr(model, "config") and "input_ids" in batch.inputs
-    options = {"use_cache": False} if decodes else {}
-    found = model(**batch.inputs, **options)
-    return found if isinstance(found, Tensor) else found.logits
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where the model's parameters are."""
-    return next(model.parameters()).device
-
-
 def _kept(student: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in unique_state(student).items()}
+
+
+def _mark(model: nn.Module) -> str:
+    """Return what tells models, and other values of one, apart."""
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
+    # Six digits: the last ones go by the number of threads.
+    norms = [f"{float(norm(p.detach())):.6e}" for p in model.parameters()]
+    digest = hashlib.sha256(" ".join(norms).encode()).hexdigest()[:12]
+    return f"{type(model).__name__} {digest}"
 
 
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:

@@ -98,8 +98,8 @@ def tie(
 ) -> StagePlan:
     """Let the layers of each stage hold the parameters of its first one, in place.
 
-    For a module of any kind; `build` does it for transformers models so that they are
-    saved and loaded. Raises ModelError or ConfigError for stages that do not fit.
+    A transformers model also gets the class and the config by which it is saved and
+    loaded so. Raises ModelError or ConfigError for stages that do not fit.
     """
     stack = find_stack(model, layers)
     plan = StagePlan(tuple(stages), stack.path, tuple(untied))
@@ -107,16 +107,28 @@ def tie(
     for name, canonical in plan.ties(stack).items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, model.get_parameter(canonical))
-    model.__dict__[CONFIG_KEY] = plan
+    _remember(model, plan, plan.ties(stack))
     return plan
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Tell whether ``model`` is made from a config, as transformers' are."""
+    return hasattr(model, "config") and hasattr(model, "save_pretrained")
+
+
+def _remember(model: Any, plan: StagePlan, ties: dict[str, str]) -> None:
+    if not is_transformers(model):
+        model.__dict__[CONFIG_KEY] = plan
+        return
+    setattr(model.config, CONFIG_KEY, plan.as_dict())
+    cls: Any = type(model)
+    model.__class__ = tied_class(cls)
+    model.all_tied_weights_keys.update(ties)
 
 
 def plan_of(model: nn.Module) -> StagePlan | None:
     """Return by what plan a model's layers share parameters, or None."""
-    known = model.__dict__.get(CONFIG_KEY)
-    if known is not None:
-        return known
-    return plan_in(getattr(model, "config", None))
+    return model.__dict__.get(CONFIG_KEY) or plan_in(getattr(model, "config", None))
 
 
 def plan_in(config: Any) -> StagePlan | None:

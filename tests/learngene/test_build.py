@@ -14,6 +14,7 @@ from graphopt import learngene
 from graphopt.errors import ConfigError, ModelError
 from tests.learngene.models import MODELS, Plain, made, outputs
 from tests.models import TINY, token_ids
+from tests.rewriting import by_pieces, rewritten
 
 PATHS = {"llama": "model.layers", "gpt2": "transformer.h", "plain": "trunk"}
 
@@ -133,6 +134,28 @@ def test_gradients_add_up():
         one(torch.ones(2, 8)).square().sum().backward()
     parts = [layer.linear.weight.grad for layer in apart.trunk]
     torch.testing.assert_close(tied.trunk[0].linear.weight.grad, sum(parts))
+
+
+def test_a_model_that_is_tied_in_place_is_saved_so(tmp_path):
+    model = made("gpt2")
+    wanted = learngene.build(model, [3, 1])
+    learngene.tie(model, [3, 1])
+    assert torch.equal(outputs(model), outputs(wanted))
+    again = learngene.load(learngene.save(model, tmp_path))
+    assert torch.equal(outputs(again), outputs(wanted))
+    stored = map(learngene.stored_parameters, (model, again, wanted))
+    assert len(set(stored)) == 1
+
+
+def test_compiled_layer_by_layer_it_learns_what_it_learns_eagerly():
+    auxiliary = learngene.build(made("vit"), [1, 3])
+    pictures = {"pixel_values": torch.rand(2, 3, 8, 8), "labels": torch.tensor([1, 7])}
+    fast = rewritten(auxiliary, "", host=by_pieces)
+    for model in (auxiliary, fast):
+        model(**pictures).loss.backward()
+    both = zip(auxiliary.parameters(), fast.parameters(), strict=True)
+    for one, two in both:
+        torch.testing.assert_close(two.grad, one.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_a_model_whose_heads_and_norms_keep_their_function():

@@ -90,12 +90,14 @@ def test_a_training_that_was_cut_off_goes_on_bit_for_bit(name, tmp_path):
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     path = tmp_path / "out.partial"
     settings = learngene.TrainSettings(batch=8, alpha=0.0)
-    learngene.Training(Plain(), points(), settings, None, path).run(stop=2)
+    learngene.Training(made("plain"), points(), settings, None, path).run(stop=2)
+    with pytest.raises(ConfigError, match="begun with student"):
+        learngene.Training(Plain(), points(), settings, None, path).run()
     other = learngene.TrainSettings(batch=8, alpha=0.0, rate=1.0)
     with pytest.raises(ConfigError, match="begun with rate = 0"):
         learngene.Training(Plain(), points(), other, None, path).run()
     with pytest.raises(ConfigError, match="begun with examples"):
-        learngene.Training(Plain(), points(41), settings, None, path).run()
+        learngene.Training(made("plain"), points(41), settings, None, path).run()
     path.write_bytes(b"half")
     with pytest.raises(ConfigError, match="no checkpoint"):
         learngene.Training(Plain(), points(), settings, None, path).run()
@@ -104,7 +106,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
 def test_the_rate_warms_up_and_falls_on_a_cosine():
     settings = learngene.TrainSettings(epochs=4, batch=8, warmup=1, alpha=0.0)
     training = learngene.Training(Plain(), points(), settings)
-    shares = [training._share(step) * settings.rate for step in range(21)]
+    shares = [training._rate(step) * settings.rate for step in range(21)]
     assert training.steps == 20
     assert shares[0] == pytest.approx(1e-6)
     assert shares[5] == pytest.approx(5e-4)

@@ -15,7 +15,9 @@ from graphopt.ir.model_graph import ModelGraph
 from graphopt.options import parse_options
 from graphopt.outline import compile_outlined
 from graphopt.passes.base import PassContext
+from graphopt.passes.weights.stages import StackLayer
 from graphopt.passes.weights.weight_tying import WeightTying
+from graphopt.remarks import Remark
 from tests.models import TINY, capture, token_ids
 from tests.rewriting import rewritten, traced
 
@@ -180,13 +182,16 @@ def test_untied_parts_stay_each_layers_own():
 
 def test_refusals():
     model, inputs = deep("llama", 2), inputs_of("llama")
-    assert codes(model, "weight-tying{stages=[2,2]}", **inputs) == ["count"]
-    assert codes(model, "weight-tying{stages=[2],stack=1}", **inputs) == ["count"]
     (gm,) = capture(model, **inputs)
     for node in gm.graph.nodes:
         node.meta.pop("grapharg", None)
-    result = WeightTying().run(ModelGraph(gm), PassContext())
-    assert [r.code for r in result.remarks] == ["no-values"]
+    for item, code in (
+        (WeightTying(stages=[2, 2]), "count"),
+        (WeightTying(stages=[2], stack=1), "count"),
+        (WeightTying(), "no-values"),
+    ):
+        result = item.run(ModelGraph(gm), PassContext())
+        assert [r.code for r in result.remarks] == [code]
     model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
     assert codes(model, "weight-tying{stages=[2]}", **inputs) == ["shape"]
     model.model.layers[1].mlp.act_fn = nn.GELU()
@@ -194,6 +199,11 @@ def test_refusals():
     wide = deep("llama", 2)
     wide.model.layers[1].mlp.up_proj = nn.Linear(64, 128)
     assert codes(wide, "weight-tying{stages=[2]}", **inputs) == ["structure"]
+    pair = [StackLayer((), (), ())] * 2
+    chosen = WeightTying(stages=[2])._choose([pair, pair])
+    assert isinstance(chosen, Remark)
+    assert chosen.code == "ambiguous"
+    assert WeightTying(stages=[2], stack=1)._choose([pair, pair]) == pair
     linear = nn.Linear(4, 4)
     (gm,) = capture(linear, input=torch.rand(2, 4))
     result = WeightTying(stages=[2]).run(ModelGraph(gm), PassContext())

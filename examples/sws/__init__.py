@@ -1,0 +1,1 @@
+"""SWS on handwritten digits: one small set of layers, models of three depths."""
