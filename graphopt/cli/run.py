@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.cli.arguments import Config, Dtype, Json, Model, dtype_of
+from graphopt.cli.ensemble import EnsembleJob, measure_ensemble, sides
 from graphopt.cli.output import print_json, print_table, progress, stdout
 from graphopt.errors import ConfigError, did_you_mean
 
@@ -17,15 +18,22 @@ if TYPE_CHECKING:
 
 
 def run(
-    model: Model,
+    model: Model = "",
     config: Config = None,
+    ensemble: Annotated[
+        str, typer.Option(help="A TOML file that names the members of an ensemble.")
+    ] = "",
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompt_file: Annotated[
         str | None, typer.Option(help="A file with the prompt; - reads stdin.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
     compare: Annotated[
-        str, typer.Option(help="Backends to run too: inductor, eager, or both.")
+        str,
+        typer.Option(
+            help="Backends to run too: inductor, eager, or both; beside an ensemble "
+            "also base and tuned, members that generate alone."
+        ),
     ] = "",
     raw: Annotated[
         bool, typer.Option("--raw", help="Do not apply the model's chat template.")
@@ -43,11 +51,21 @@ def run(
     first backend compared.
 
     Example: graphopt run smollm2 --prompt "Why is the sky blue?" --compare inductor
+
+    Example: graphopt run --ensemble ensemble.toml --prompt "2 + 2 =" --compare base
     """
-    others = _backends(compare)
+    if bool(model) == bool(ensemble):
+        raise ConfigError("give either MODEL or --ensemble")
+    if ensemble and raw:
+        raise ConfigError("--raw: an ensemble's file says who reads a chat template")
+    others = sides(compare) if ensemble else _backends(compare)
     text = _prompt_text(prompt, prompt_file)
     dtype_of(dtype)
-    outcomes = measure(model, config, text, max_new_tokens, others, raw, dtype)
+    if ensemble:
+        job = EnsembleJob("", ensemble, text, max_new_tokens, config, dtype)
+        outcomes = measure_ensemble(job, others)
+    else:
+        outcomes = measure(model, config, text, max_new_tokens, others, raw, dtype)
     rows = [row(outcomes[0], o) for o in outcomes]
     if as_json:
         print_json({"results": rows, "remarks": remark_counts(outcomes)})
@@ -128,7 +146,7 @@ def row(reference: Outcome, outcome: Outcome) -> dict[str, Any]:
     from graphopt.agreement import agreement
 
     figures = {k: v for k, v in outcome.as_dict().items() if k != "reports"}
-    if outcome is not reference:
+    if outcome is not reference and outcome.logits is not None:
         figures |= agreement(reference.logits, outcome.logits)
     return figures
 
