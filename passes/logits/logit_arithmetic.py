@@ -44,7 +44,7 @@ class LogitArithmetic(Pass):
 
     Forwards of one architecture with weights of their own stay two: stacked weights
     save calls and not bytes, which decoding is bound by, and take the memory of both
-    once more (on two threads of a CPU a stacked step was measured to be slower).
+    once more (`graphopt bench eft` has the products side by side).
 
     Before::
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import graphopt
@@ -86,9 +85,8 @@ def test_a_sum_written_by_hand(graph_diff):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("alpha", [0.7, torch.tensor(1.3)], ids=str)
-def test_sums_by_hand_give_the_same_token(alpha):
-    plain, ids, reports = by_hand(alpha), token_ids(3, 6), []
+def test_sums_by_hand_give_the_same_token():
+    plain, ids, reports = by_hand(torch.tensor(1.3)), token_ids(3, 6), []
     fast = rewritten(plain, CONFIG, reports=reports)
     assert torch.equal(fast(ids), plain(ids))
     assert remarks(reports)[:3] == [("applied", "rewritten")] * 3
@@ -101,9 +99,8 @@ def test_narrow_sums_are_left_alone():
     assert ("missed", "dtype") in remarks(reports)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_adapters_generate_the_same(count):
-    made, reports = with_adapters(count), []
+def test_adapters_generate_the_same():
+    made, reports = with_adapters(2), []
     ids, more = token_ids(1, 6), {"top_p": 0.9, **SAMPLING, **LENGTHS}
     fast = rewritten(made, ALL, reports=reports)
     found = []
@@ -126,23 +123,9 @@ def test_logits_that_are_returned_are_written():
 @torch.no_grad()
 def test_what_is_no_twin_is_said():
     base, small = llama(64, layers=1), llama(32, layers=1)
-    deeper = llama(32, layers=2)
-    other = adapted(small)
-    other.config._attn_implementation = "eager"
-    for tuned, code in ((deeper, "not-twins"), (other, "not-twins")):
-        made, reports = graphopt.ensemble(base, tuned, small), []
-        rewritten(made, CONFIG, reports=reports)(**step(made))
-        assert remarks(reports)[-1] == ("missed", code)
-
-
-@torch.no_grad()
-def test_prompts_of_different_lengths_stay_apart():
-    made, reports = with_adapters(), []
-    fast = rewritten(made, CONFIG + "{force=true}", reports=reports)
-    ids, own = token_ids(1, 6), token_ids(1, 9)
-    members = (None, (own, None, None), None)
-    fast(ids, members=members, logits_to_keep=1)
-    assert remarks(reports)[-1][1] in ("shapes", "not-twins")
+    made, reports = graphopt.ensemble(base, llama(32, layers=2), small), []
+    rewritten(made, CONFIG, reports=reports)(**step(made))
+    assert remarks(reports)[-1] == ("missed", "not-twins")
 
 
 @torch.no_grad()
