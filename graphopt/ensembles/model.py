@@ -72,6 +72,11 @@ class Ensemble(EnsembleGeneration, nn.Module):
         """Return the large model."""
         return self.members[0]
 
+    @property
+    def vocabulary(self) -> int:
+        """Return how many tokens all members have."""
+        return min(m.config.get_text_config().vocab_size for m in self.members)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -106,6 +111,19 @@ class Ensemble(EnsembleGeneration, nn.Module):
             return EnsembleOutput(logits=self.combine(logits), past_key_values=cache)
         tokens = self.sample([rows[:, -1] for rows in logits], sampling)
         return EnsembleOutput(tokens=tokens, past_key_values=cache)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile in place as `torch.nn.Module.compile` does.
+
+        Under ``backend="graphopt"`` without a pass config, `logit-arithmetic` is one of
+        the passes.
+        """
+        options = kwargs.get("options") or {}
+        own = kwargs.get("backend") == "graphopt" or "config" in options
+        if own and options.get("config") is None:
+            passes = [{"name": "logit-arithmetic"}]
+            kwargs["options"] = {**options, "config": {"pass": passes}}
+        super().compile(*args, **kwargs)
 
     def combine(self, logits: Sequence[Tensor]) -> Tensor:
         """Return the ensemble's logits [..., V] from its members', [..., Vi] each."""
