@@ -116,6 +116,22 @@ def test_kernel_agrees_with_the_reference_over_many_steps(dtype, kind):
         assert torch.equal(ours.selected_at, theirs.selected_at)
 
 
+@pytest.mark.parametrize(
+    ("dim", "value_dim", "group"), [(24, 40, 2), (32, 16, 9), (64, 48, 3), (16, 64, 1)]
+)
+@pytest.mark.parametrize("kind", ["", "int8"])
+def test_products_of_few_and_of_many_rows(kind, dim, value_dim, group):
+    """Whole vectors of up to eight rows have loops of their own, the rest a BLAS."""
+    layer = Layer(kind=kind, dim=dim, value_dim=value_dim)
+    layer.append(200, append)
+    layer.append(1, append, seed=1)
+    query = torch.randn(layer.batch, layer.heads * group, 1, dim)
+    inputs = (query, *layer.held(), *layer.state(), None, 4, 1, None, 0.0)
+    result = attend(*inputs)
+    expected = page_attention_reference(*inputs)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_choice_is_kept_for_the_interval():
     layer = Layer(pages=20)
     layer.append(1000, append)
