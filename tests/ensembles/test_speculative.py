@@ -34,11 +34,24 @@ def enumerated(made, prompt, temperature, member=None):
     return odds.gather(-1, every[..., None])[..., 0].prod(1)
 
 
-def distance(tokens, expected):
-    """Total variation of continuations [N, STEPS] from probabilities."""
+def counted(tokens):
+    """How often each continuation was drawn, [VOCABULARY ** STEPS]."""
     places = VOCABULARY ** torch.arange(STEPS - 1, -1, -1)
-    counts = (tokens * places).sum(1).bincount(minlength=len(expected))
-    return float((counts / len(tokens) - expected).abs().sum() / 2)
+    return (tokens * places).sum(1).bincount(minlength=VOCABULARY**STEPS).double()
+
+
+def differs(counts, odds):
+    """Pearson's chi-square: whether ``counts`` are no draws of ``odds``.
+
+    Five standard deviations off its mean: once in a million draws by chance.
+    """
+    possible = odds > 1e-9
+    if counts[~possible].any():
+        return True
+    wanted = counts.sum() * odds[possible]
+    statistic = ((counts[possible] - wanted) ** 2 / wanted).sum()
+    freedom = int(possible.sum()) - 1
+    return bool(statistic > freedom + 5 * (2 * freedom) ** 0.5)
 
 
 @pytest.mark.parametrize(("block", "top_p"), [(1, 0.7), (3, None)])
@@ -53,20 +66,13 @@ def test_the_distribution_is_the_ensembles(block, top_p):
         temperature=0.8,
         generator=torch.Generator().manual_seed(0),
     )
-    # What sampling alone leaves, from the same number of draws.
-    direct = expected.multinomial(
-        DRAWS, replacement=True, generator=torch.Generator().manual_seed(1)
-    )
-    noise = (
-        direct.bincount(minlength=len(expected)) / DRAWS - expected
-    ).abs().sum() / 2
-    away = distance(found.sequences[:, 3:], expected)
-    assert away < 1.35 * float(noise) < 0.2
+    counts = counted(found.sequences[:, 3:])
+    assert not differs(counts, expected)
     assert 0.1 < found.accepted / found.drafted < 0.95
     # The draft's own distribution, and the base's, would not pass.
     for member in made.members[:2]:
-        other = enumerated(made, prompt, 0.8, member)
-        assert float((other - expected).abs().sum() / 2) > 3 * float(noise)
+        assert differs(counts, enumerated(made, prompt, 0.8, member))
+        assert differs(DRAWS * enumerated(made, prompt, 0.8, member), expected)
 
 
 @torch.no_grad()
