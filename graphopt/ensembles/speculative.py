@@ -12,6 +12,7 @@ from torch import Tensor
 from graphopt.ensembles.model import Ensemble
 from graphopt.ensembles.rows import crop_rows
 from graphopt.errors import ConfigError
+from graphopt.ops.logits.sample import draw
 
 
 @dataclass
@@ -205,11 +206,8 @@ def _accept(
 
 
 def _draw(odds: Tensor, generator: torch.Generator | None) -> Tensor:
-    total = odds.cumsum(-1)
-    numbers = torch.rand(len(odds), 1, generator=generator, dtype=torch.float64)
-    drawn = (total <= numbers.to(odds.device) * total[:, -1:]).sum(-1)
-    places = torch.arange(odds.shape[-1], device=odds.device)
-    return drawn.minimum(torch.where(odds > 0, places, 0).amax(-1))
+    numbers = torch.rand(len(odds), generator=generator, dtype=torch.float64)
+    return draw(odds, numbers.to(odds.device))
 
 
 def _ended(row: list[int], most: int, ends: set[int]) -> list[int]:

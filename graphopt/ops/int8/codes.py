@@ -52,6 +52,13 @@ def quantize(input: Tensor, settings: Tensor) -> Tensor:
     return coded(input.float() / settings[0])
 
 
+def coded_by_token(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes uint8 [..., K] of a scale a token, and the scales [..., 1]."""
+    wide = input.float()
+    scales = (wide.abs().amax(-1, keepdim=True) / MOST).clamp_min(1e-30)
+    return coded(wide / scales), scales
+
+
 def coded(steps: Tensor) -> Tensor:
     """Return the codes of numbers of steps, rounded and clipped."""
     return (steps.round().clamp(LEAST, MOST) + ZERO).to(torch.uint8)

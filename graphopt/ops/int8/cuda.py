@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import KernelError
-from graphopt.ops.int8.codes import MOST, coded
+from graphopt.ops.int8.codes import coded_by_token
 from graphopt.ops.int8.cuda_reference import shadow_reference, token_reference
 from graphopt.ops.int8.prepare import coded_weight, prepared, prepared_transposed
 
@@ -95,9 +95,7 @@ def int8_linear(
     from graphopt.codegen.triton import int8 as kernel
 
     made = codes_of(weight, transposed, on_file)
-    wide = input.float()
-    scales = (wide.abs().amax(-1, keepdim=True) / MOST).clamp_min(1e-30)
-    operands = (input, coded(wide / scales), scales, *made, bias)
+    operands = (input, *coded_by_token(input), *made, bias)
     if kernel.supports(input, weight):
         return kernel.token_product(*operands)
     return token_reference(*operands)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt.ops import linear_gradients
-from graphopt.ops.int8.codes import LEAST, MOST, ZERO, coded
+from graphopt.ops.int8.codes import LEAST, MOST, ZERO, coded_by_token
 from graphopt.ops.int8.prepare import packed_weight
 from graphopt.ops.int8.weights import Int8Weight
 
@@ -85,9 +85,8 @@ def int8_linear(
 ) -> Tensor:
     """Multiply by int8 codes with one scale a token, found at run time."""
     made = packed_weight(weight, transposed, on_file)
-    wide = input.float()
-    scales = (wide.abs().amax(-1, keepdim=True) / MOST).clamp_min(1e-30)
-    result: Tensor = _product(coded(wide / scales), 1.0, made, None) * scales
+    codes, scales = coded_by_token(input)
+    result: Tensor = _product(codes, 1.0, made, None) * scales
     result = result if bias is None else result + bias
     return result.to(input.dtype)
 

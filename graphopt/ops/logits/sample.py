@@ -59,7 +59,10 @@ def sample_reference(
     if uniform is None:
         temperature = None  # could only round two values to one
     scores = filtered(logits, temperature, top_p, large)
-    chosen = scores.argmax(-1) if uniform is None else _draw(scores, uniform)
+    if uniform is None:
+        chosen = scores.argmax(-1)
+    else:
+        chosen = draw(scores.softmax(-1).double(), uniform)
     return torch.where(scores.amax(-1).isfinite(), chosen, -1)
 
 
@@ -77,8 +80,8 @@ def filtered(
     return scores.masked_fill(~nucleus(judged, top_p), -torch.inf)
 
 
-def _draw(scores: Tensor, uniform: Tensor) -> Tensor:
-    odds = scores.softmax(-1).double()
+def draw(odds: Tensor, uniform: Tensor) -> Tensor:
+    """Return the token of each row of odds [B, V] in whose part uniform [B] falls."""
     total = odds.cumsum(-1)
     target = uniform.double()[:, None] * total[:, -1:]
     chosen = (total <= target).sum(-1)
