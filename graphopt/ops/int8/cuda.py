@@ -10,7 +10,6 @@ one set of codes for these operators and for `graphopt.ops.int8.cuda_rows`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from threading import Thread
 
 import torch
@@ -49,15 +48,6 @@ def _make(weight: Tensor, transposed: bool) -> None:
     coded_weight(weight, transposed, False)
     if weight.is_cuda:
         torch.cuda.synchronize(weight.device)
-
-
-@torch.library.impl(_library, "coded_weights", "CUDA")
-def coded_weights(
-    weights: Sequence[Tensor], transposed: Sequence[bool], on_file: bool
-) -> list[Tensor]:
-    """Return the codes and the scales of every weight, one behind the other."""
-    pairs = zip(weights, transposed, strict=True)
-    return [part for pair in pairs for part in codes_of(*pair, on_file)]
 
 
 @torch.library.impl(_library, "shadow_linear", "CUDA")

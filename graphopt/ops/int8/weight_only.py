@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from graphopt.ops.int8.cuda import codes_of
 from graphopt.ops.int8.cuda_rows import serves_rows
 from graphopt.ops.int8.prepare import coded_weight
 from graphopt.ops.prepared import state_of
@@ -48,7 +49,8 @@ def coded_weights(
         return list(kept.results)
     found: list[Tensor] = []
     for weight, is_transposed in zip(weights, transposed, strict=True):
-        found += coded_weight(weight, is_transposed, on_file)
+        make = codes_of if weight.is_cuda else coded_weight
+        found += make(weight, is_transposed, on_file)
     _calls.setdefault(first, {})[call] = _Call(weights, found)
     return found
 

@@ -12,8 +12,8 @@ import torch
 from graphopt.codegen.triton import int8
 from graphopt.codegen.triton.int8_spec import ProductSpec
 from graphopt.errors import KernelError
+from graphopt.ops.int8 import coded_weights, cuda
 from graphopt.ops.int8 import codes as int8_codes
-from graphopt.ops.int8 import cuda
 from graphopt.ops.int8.cuda_reference import (
     rows_reference,
     shadow_reference,
@@ -144,7 +144,7 @@ def check_operators(device: str = "cpu") -> None:
         x, codes, settings, made, scales, weight, bias = case.operands(device)
         stored = torch.nn.Parameter(weight.t() if case.transposed else weight)
         rest = (case.transposed, False)
-        found = cuda.coded_weights([stored], [case.transposed], False)
+        found = coded_weights([stored], [case.transposed], False)
         assert torch.equal(found[0], made) and torch.equal(found[1], scales)
         assert cuda.codes_of(stored, *rest)[0] is found[0]
         args = (x[None], stored, bias, codes[None], settings, 0.0, 1, *rest)
