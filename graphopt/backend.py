@@ -15,6 +15,7 @@ from torch import fx
 
 from graphopt import _compat
 from graphopt.codegen.cache import cache_dir
+from graphopt.distributed.local import LocalGraph, localise
 from graphopt.errors import KernelError, PassError
 from graphopt.ir.constants import fold_float_attributes, is_float_input
 from graphopt.ir.copying import copy_module
@@ -52,16 +53,25 @@ def graphopt(
     used; a pass that fails is undone unless ``strict``.
     """
     parsed = parse_options({**(options or {}), **unknown}, mode)
+    local = localise(gm, example_inputs)
     report, original = rewrite(gm, parsed)
+    report.remarks += [] if local.remark is None else [local.remark]
     start = time.perf_counter()
     tell = partial(_tell, report, parsed)
-    compiled, outlining = _compile(gm, example_inputs, parsed, tell)
+    compiled, outlining = _compile(gm, local.inputs, parsed, tell)
     report.seconds["compile"] = time.perf_counter() - start
     report.remarks.append(outlining)
     if parsed.verify == "numeric" and original is not None:
         compiled = _verify_numbers(original, compiled, report, parsed)
     _publish(report, parsed)
-    return compiled
+    return _on_parts(compiled, local)
+
+
+def _on_parts(compiled: Compiled, local: LocalGraph) -> Compiled:
+    """Give ``compiled`` this rank's parts of sharded arguments."""
+    if not local.sharded:
+        return compiled
+    return lambda *given: compiled(*local.arguments(given))
 
 
 def rewrite(
@@ -162,9 +172,9 @@ def _compile_whole(
     compile_one: Callable[[fx.GraphModule, list[Any]], Compiled],
 ) -> Compiled:
     """Compile ``gm`` without the inputs of folded floats: CUDA graphs take no scalars
-    of the processor."""
+    of the processor. Meshes of ranks go with them, once no node reads them."""
     inputs = gm.graph.find_nodes(op="placeholder")
-    kept = [i for i, n in enumerate(inputs) if n.users or not is_float_input(n)]
+    kept = [i for i, n in enumerate(inputs) if n.users or not _is_idle(n)]
     if len(kept) == len(inputs):
         return compile_one(gm, example_inputs)
     lean = copy_module(gm)  # Dynamo calls by the placeholders of its own graph
@@ -174,6 +184,11 @@ def _compile_whole(
     lean.recompile()
     compiled = compile_one(lean, [example_inputs[i] for i in kept])
     return lambda *args: compiled(*(args[i] for i in kept))
+
+
+def _is_idle(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return is_float_input(node) or not isinstance(value, (torch.Tensor, torch.SymInt))
 
 
 def _outline_remark(outlined: Outlined) -> Remark:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from graphopt.backend import rewrite
+from graphopt.distributed import localise
 from graphopt.options import parse_options
 from graphopt.outline import compile_outlined
 from graphopt.report import CompileReport
@@ -40,26 +41,29 @@ def rewritten(
     host: Host = lambda gm, _: gm,
     dynamic: bool | None = True,
     reports: list[CompileReport] | None = None,
+    copied: bool = True,
 ) -> Any:
     """Return a twin of ``model`` whose graphs are what the passes of ``config`` made.
 
     ``around`` is entered for each run of a graph. ``host`` compiles the graphs, which
-    run as they are without one. ``reports`` gets a report for each graph.
+    run as they are without one. ``reports`` gets a report for each graph. Without
+    ``copied`` it is ``model`` itself that is rewritten: part of a mesh of processes.
     """
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        local = localise(gm, inputs)
         report, _ = rewrite(gm, parse_options({"config": config}))
         if reports is not None:
             reports.append(report)
-        compiled = host(gm, inputs)
+        compiled = host(gm, local.inputs)
 
         def run(*args: Any) -> Any:
             with around or nullcontext():
-                return compiled(*args)
+                return compiled(*local.arguments(args))
 
         return run
 
     torch._dynamo.reset()  # else the limit of recompilations leaves it as it was
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model) if copied else model
     twin.compile(backend=backend, dynamic=dynamic)
     return twin

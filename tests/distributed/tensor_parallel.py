@@ -1,0 +1,117 @@
+"""On each rank: a model with half its heads and neurons, rewritten by pass configs.
+
+Arguments: the model's directory, how it is shared out (``transformers`` or ``torch``),
+and a JSON list of pass configs. Rank 0 says what it found for each, compared with the
+whole model in one process under the same config.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+
+from graphopt.ir.collectives import count_collectives
+from tests.distributed.launch import say
+from tests.rewriting import rewritten, traced
+
+
+def whole(path: str) -> Any:
+    """Return the model as one process loads it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+def shared(path: str, how: str) -> Any:
+    """Return this rank's part of the model."""
+    if how == "torch":
+        return _parallelized(whole(path))
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    plan = DistributedConfig(tp_plan="auto")
+    return AutoModelForCausalLM.from_pretrained(path, distributed_config=plan).eval()
+
+
+def _parallelized(model: Any) -> Any:
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    plan: dict[str, Any] = {}
+    for index in range(model.config.num_hidden_layers):
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            plan[f"model.layers.{index}.{name}"] = ColwiseParallel()
+        for name in ("mlp.gate_proj", "mlp.up_proj"):
+            plan[f"model.layers.{index}.{name}"] = ColwiseParallel()
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            plan[f"model.layers.{index}.{name}"] = RowwiseParallel()
+    return parallelize_module(model, mesh, plan)
+
+
+class Watch:
+    """Counts graphs and their collectives on the way to what runs them."""
+
+    def __init__(self) -> None:
+        self.collectives: list[int] = []
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        """Run the graph as Inductor would get it."""
+        self.collectives.append(count_collectives(gm))
+        return traced(gm, inputs)
+
+
+def run(model: nn.Module, config: str, ids: torch.Tensor) -> dict[str, Any]:
+    """Return the logits under ``config``, its graphs, collectives and remarks."""
+    watch, reports = Watch(), []
+    twin = rewritten(model, config, host=watch, reports=reports, copied=False)
+    with torch.no_grad():
+        logits = twin(ids, use_cache=False, logits_to_keep=1).logits
+    remarks = [r for report in reports for r in report.all_remarks()]
+    return {
+        "logits": logits,
+        "collectives": watch.collectives,
+        "applied": sum(r.kind == "applied" for r in remarks),
+        "codes": sorted({r.code for r in remarks if r.kind in ("missed", "failure")}),
+        "said": sorted({str(r) for r in remarks if r.code in ("sharded", "undone")}),
+    }
+
+
+def main(path: str, how: str, configs: list[str]) -> None:
+    """Compare every config with the whole model under it, and without."""
+    ids = torch.randint(3, 99, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = whole(path)(ids, use_cache=False, logits_to_keep=1).logits
+    model = shared(path, how)
+    found = []
+    for config in configs:
+        ours = run(model, config, ids)
+        if dist.get_rank() == 0:
+            alone = run(whole(path), config, ids)
+            found.append(_compared(ours, alone, plain))
+    say(found)
+
+
+def _compared(
+    ours: dict[str, Any], alone: dict[str, Any], plain: torch.Tensor
+) -> dict[str, Any]:
+    """Return the differences: to one process, and to the model as it is."""
+    logits = ours.pop("logits")
+    difference = (logits - alone["logits"]).abs().max().item()
+    effect = (logits - plain).abs().max().item()
+    same = alone["applied"]
+    return {**ours, "alone": same, "difference": difference, "effect": effect}
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
+    dist.destroy_process_group()
