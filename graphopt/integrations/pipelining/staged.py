@@ -1,0 +1,179 @@
+"""A model of which this process runs some stages: captured whole, compiled in part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from graphopt import _compat
+from graphopt.backend import rewrite
+from graphopt.errors import GraphoptError
+from graphopt.integrations.pipelining.cut import Part, cut, mark_stages
+from graphopt.integrations.pipelining.sizes import Sizes, TensorLike
+from graphopt.ir.constants import fold_float_attributes
+from graphopt.ir.dce import eliminate_dead_code
+from graphopt.ir.sizes.inputs import tie_sizes
+from graphopt.options import BackendOptions, parse_options
+from graphopt.outline import compile_outlined
+from graphopt.report import CompileReport
+
+Check = Callable[[CompileReport], None]
+Host = Callable[[fx.GraphModule, BackendOptions], Callable[..., Sequence[Any]]]
+
+
+def inductor(gm: fx.GraphModule, options: BackendOptions) -> Callable[..., Any]:
+    """Compile a stage as the backend does: layer by layer where layers repeat."""
+
+    def one(piece: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return _compat.compile_fx(piece, inputs, options.inductor)
+
+    if options.outline:
+        outlined = compile_outlined(gm, one, options.outline)
+        if outlined.run is not None:
+            return outlined.run
+    inputs = gm.graph.find_nodes(op="placeholder")
+    with _compat.isolated_tracing():
+        return one(gm, [n.meta.get("example_value") for n in inputs])
+
+
+def traced(gm: fx.GraphModule, options: BackendOptions) -> Callable[..., Any]:
+    """Run the rewritten graph as it is: to check, and without waiting for Inductor."""
+    return gm
+
+
+HOSTS: dict[str, Host] = {"inductor": inductor, "traced": traced}
+
+
+@dataclass
+class _Link:
+    """What the running call exchanges with the schedule."""
+
+    stage: int = 0
+    received: tuple[Tensor, ...] = ()
+    sent: tuple[Tensor, ...] = ()
+    probe: bool = False
+
+
+class _ProbedError(Exception):
+    """Leaves a call as soon as its graph and arguments are known."""
+
+    def __init__(self, probe: Probe) -> None:
+        super().__init__()
+        self.probe = probe
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What stages exchange in a call: ``received`` of each stage, and the results."""
+
+    received: list[list[TensorLike]]
+    results: list[TensorLike]
+
+
+@dataclass(frozen=True)
+class _Program:
+    """One graph of the model: its parts, the compiled ones by stage."""
+
+    parts: list[Part]
+    run: dict[int, Callable[..., Sequence[Any]]]
+    sizes: Sizes
+    outputs: list[Any]
+    reads: set[int] = field(default_factory=set)
+
+
+class StagedModel:
+    """Runs stages of ``step``, a module whose call Dynamo captures in one graph.
+
+    Every process captures and rewrites the whole graph, so that passes see the layers
+    that they see in one process, by the same numbers; it compiles the stages ``own``.
+    The other stages' weights are given up by `release`. ``check`` may refuse a report.
+
+    A call runs one stage: results that others compute are None in it.
+    """
+
+    def __init__(
+        self,
+        step: nn.Module,
+        stages: int,
+        own: Iterable[int],
+        options: dict[str, Any],
+        host: str = "inductor",
+        check: Check | None = None,
+    ) -> None:
+        self.step, self.stages, self.own = step, stages, tuple(own)
+        self.options = parse_options(options)
+        self.reports: list[CompileReport] = []
+        self._host, self._check = HOSTS[host], check
+        self._link = _Link()
+        self._programs: list[_Program] = []
+        self._call: Any = torch.compile(
+            step, backend=self._backend, dynamic=True, fullgraph=True
+        )
+
+    def __call__(
+        self, stage: int, received: Sequence[Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """Run one stage; return what it sends on, and the results of the call."""
+        self._link = _Link(stage, tuple(received))
+        result = self._enter(*args, **kwargs)
+        return self._link.sent, result
+
+    def probe(self, *args: Any, **kwargs: Any) -> Probe:
+        """Compile for a call and tell what it exchanges, without running anything."""
+        self._link = _Link(probe=True)
+        try:
+            self._enter(*args, **kwargs)
+        except _ProbedError as found:
+            return found.probe
+        raise AssertionError("the call was not compiled")
+
+    @torch.no_grad()
+    def _enter(self, *args: Any, **kwargs: Any) -> Any:
+        limit = torch._dynamo.config.patch(recompile_limit=64)
+        try:
+            with limit:
+                return self._call(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, GraphoptError):
+                raise error.inner_exception from None
+            raise
+
+    def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        fold_float_attributes(gm)
+        eliminate_dead_code(gm)
+        tie_sizes(gm)
+        mark_stages(gm, self.stages)
+        report, _ = rewrite(gm, self.options)
+        self.reports.append(report)
+        if self._check is not None:
+            self._check(report)
+        parts = cut(gm, self.stages)
+        run = {s: self._host(parts[s].module, self.options) for s in self.own}
+        outputs = list(gm.graph.output_node().all_input_nodes)
+        reads = {place for stage in self.own for place in parts[stage].inputs}
+        program = _Program(parts, run, Sizes(gm), outputs, reads)
+        self._programs.append(program)
+        return lambda *arguments: self._run(program, arguments)
+
+    def _run(self, program: _Program, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        link = self._link
+        if link.probe:
+            raise _ProbedError(_probe(program, arguments))
+        part = program.parts[link.stage]
+        given = (arguments[place] for place in part.inputs)
+        found = program.run[link.stage](*given, *link.received)
+        count = len(part.sent)
+        link.sent = tuple(x.contiguous() for x in found[:count])
+        own = found[count:]
+        return tuple(None if place is None else own[place] for place in part.results)
+
+
+def _probe(program: _Program, arguments: tuple[Any, ...]) -> Probe:
+    values = program.sizes.of(arguments)
+    received = [[values(node) for node in part.received] for part in program.parts]
+    return Probe(received, [values(node) for node in program.outputs])
