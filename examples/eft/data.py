@@ -1,13 +1,18 @@
-"""Bytes of CPython's language reference: a general part, and a task apart from it.
+"""Bytes of what CPython says of itself: a general part, and a task apart from it.
 
-The task is the prose about strings, sequences and mappings with its sessions of the
-interpreter; the general part is all other topics. Blocks of text are held out of both,
-so that no model has read what it is judged by.
+The task is the language reference's prose about strings, sequences and mappings with
+its sessions of the interpreter; the general part is the reference's other topics and
+the docstrings of the standard library. Blocks of text are held out of both, so that no
+model has read what it is judged by.
 """
 
 from __future__ import annotations
 
+import ast
+import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +23,9 @@ TASK = (
     "formatstrings", "string-methods", "typesseq", "typesseq-mutable", "typesmapping",
     "typesmethods", "sequence-types", "strings", "dict", "lists", "booleans",
 )  # fmt: skip
+_APART = ("site-packages", "test", "tests", "lib2to3", "idlelib", "pydoc_data")
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_SHORTEST = 80  # characters of a docstring that says more than a name does
 VOCABULARY = 256
 _BLOCK = 1024  # bytes that are held out, or not, together
 _EVERY = 8  # of so many blocks one is for validation, one for the test
@@ -37,7 +45,21 @@ def texts() -> dict[str, Text]:
     parts: dict[str, list[str]] = {"general": [], "task": []}
     for name, text in sorted(reference_topics().items()):
         parts["task" if name in TASK else "general"].append(text.strip())
+    parts["general"] += dict.fromkeys(_docstrings())  # each once
     return {name: _split("\n\n".join(found)) for name, found in parts.items()}
+
+
+def _docstrings() -> Iterator[str]:
+    """Yield those of the standard library, in the order of its files."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(root.rglob("*.py")):
+        if set(_APART) & set(file.relative_to(root).parts):
+            continue
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, _DOCUMENTED):
+                text = ast.get_docstring(node) or ""
+                if len(text) >= _SHORTEST:
+                    yield text
 
 
 def _split(text: str) -> Text:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from examples.eft.data import VOCABULARY, batches
 
 LENGTH, ROWS = 256, 8  # tokens of a piece, pieces of a step
-RATE = {"scratch": 3e-3, "tuned": 1e-3}
+RATE = {"small": 3e-3, "large": 1.5e-3, "tuned": 1e-3}
 
 
 def model(hidden: int, layers: int, seed: int) -> LlamaForCausalLM:

@@ -1,6 +1,6 @@
 """Does a large base plus a small model's fine-tuning beat both?
 
-    python -m examples.eft.upscale [--steps 600] [--tuning 150] [--out FOLDER]
+    python -m examples.eft.upscale [--steps 1000] [--tuning 150] [--out FOLDER]
 
 Trains a small and a large Llama on general text, fine-tunes the small one on a task,
 and judges large + beta * (small tuned - small) by held-out text of the task. ``beta``
@@ -22,13 +22,13 @@ from examples.eft.data import Text, texts
 from examples.eft.train import RATE, kept, loss_of, model, train
 from graphopt.cli.output import print_table
 
-SIZES = {"small": (96, 3), "large": (224, 4)}  # hidden size, layers
+SIZES = {"small": (96, 3), "large": (256, 4)}  # hidden size, layers
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600, help="of each base")
+    parser.add_argument("--steps", type=int, default=1000, help="of each base")
     parser.add_argument("--tuning", type=int, default=150, help="steps on the task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("eft-models"))
@@ -49,7 +49,7 @@ def _models(given: Any, found: dict[str, Text]) -> tuple[dict[str, Any], Any]:
     seconds: dict[str, float] = {}
     for name, size in SIZES.items():
         general, task = found["general"].train, found["task"].train
-        run = (given.steps, RATE["scratch"], given.seed, name)
+        run = (given.steps, RATE[name], given.seed, name)
         made[name] = _made(given.out / name, model(*size, given.seed), general, run)
         twin = model(*size, given.seed)
         twin.load_state_dict(made[name][0].state_dict())
