@@ -201,6 +201,14 @@ def size_hint(value: Any) -> Any:
     return value.node.hint if value.node.has_hint() else None
 
 
+def process_group(name: str) -> Any:
+    """Return the group of ranks that a collective in a graph names."""
+    from torch.distributed import distributed_c10d
+
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    return resolve(name)
+
+
 def is_fake(value: object) -> bool:
     """Tell whether ``value`` is a tensor without data."""
     from torch._subclasses.fake_tensor import FakeTensor

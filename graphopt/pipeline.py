@@ -13,6 +13,7 @@ from torch import fx
 
 from graphopt.config_text import print_text
 from graphopt.errors import PassError
+from graphopt.ir.collectives import count_collectives
 from graphopt.ir.copying import copy_graph
 from graphopt.ir.dce import eliminate_dead_code
 from graphopt.ir.loops import innermost
@@ -21,7 +22,7 @@ from graphopt.ir.text import graph_text
 from graphopt.passes.base import Pass, PassContext, PassResult
 from graphopt.remarks import Remark, failure, missed
 from graphopt.reproducer import write_reproducer
-from graphopt.verify import check_structure, signature
+from graphopt.verify import check_collectives, check_structure, signature
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,28 @@ def _run_one(
 
 
 def _edit(gm: fx.GraphModule, item: Pass, options: PipelineOptions) -> PassResult:
-    known, outputs = set(gm.graph.nodes), signature(gm)
+    known, outputs, exchanges = (
+        set(gm.graph.nodes),
+        signature(gm),
+        count_collectives(gm),
+    )
+    if exchanges and (reason := _needs_all_ranks(item)):
+        return PassResult(False, (missed("graph", "sharded", reason),))
     result = item.run(ModelGraph(gm), options.context)
     if result.changed:
         eliminate_dead_code(gm)
         if options.verify != "off":
             check_structure(gm, outputs, known)
+        check_collectives(gm, exchanges)
     return result
+
+
+def _needs_all_ranks(item: Pass) -> str:
+    if item.selects_over == "nothing" or item.asks_ranks:
+        return ""
+    if item.selects_over == "durations":
+        return "it chooses by durations, which differ from rank to rank"
+    return f"it chooses over {item.selects_over}, of which each rank has only a part"
 
 
 def _failed(error: Exception, repeat: str) -> PassResult:

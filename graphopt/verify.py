@@ -12,6 +12,7 @@ from torch import fx
 
 from graphopt import _compat
 from graphopt.errors import PassError
+from graphopt.ir.collectives import count_collectives
 
 _DATA_SIZE = re.compile(r"\bu\d+\b")  # as torch names one; each run makes a new one
 
@@ -48,6 +49,17 @@ def check_structure(
     for node in gm.graph.nodes:
         if node not in known and node.op == "call_function":
             _check_value(node)
+
+
+def check_collectives(gm: fx.GraphModule, before: int) -> None:
+    """Raise PassError if ``gm`` has fewer collectives than the ``before`` it had.
+
+    Without one of its sums a rank goes on with its own part: results are wrong without
+    an error, or other ranks wait for ever. So this is checked whatever is switched off.
+    """
+    after = count_collectives(gm)
+    if after < before:
+        raise PassError(f"of {before} collectives {before - after} are gone")
 
 
 def _check_value(node: fx.Node) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from graphopt.remarks import Remark
 
 if TYPE_CHECKING:
     from graphopt.ir.model_graph import ModelGraph
+
+
+# What a pass ranks, sums or measures to choose; a rank has a part of it only.
+Selects = Literal["nothing", "heads", "neurons", "durations"]
 
 
 def option(default: Any, help: str, unit: str = "") -> Any:
@@ -48,12 +52,26 @@ class Pass:
     results up to rounding, so training works) and implement `run`. They keep no state.
     ``never_after`` names passes behind which this one cannot work, and why: a config
     that has them in that order is refused.
+
+    ``selects_over``: what a choice is made over that tensor parallelism shares out, as
+    a mean over heads. Such a pass runs in one process only, unless ``asks_ranks``: it
+    adds the sums over ranks that its choices need (`graphopt.ir.shards`).
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
     exact: ClassVar[bool] = False
     never_after: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def selects_over(self) -> Selects:
+        """Return over what the pass chooses with these options."""
+        return "nothing"
+
+    @property
+    def asks_ranks(self) -> bool:
+        """Tell whether the pass itself brings in what other ranks have of it."""
+        return False
 
     force: bool = option(False, "rewrite even where the prediction says it is slower")
     expect: int | None = option(

@@ -8,10 +8,12 @@ heads or neurons has to be summed over the same group; it is found in the graph.
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import fx
 
+from graphopt import _compat
 from graphopt.errors import PassError
 from graphopt.ir.casts import CASTS
 from graphopt.ir.match import op_name
@@ -117,37 +119,14 @@ def sum_over_ranks(graph: fx.Graph, like: fx.Node, value: fx.Node) -> fx.Node:
     return call(graph, torch.ops._c10d_functional.wait_tensor.default, (node,))
 
 
-def mean_over_ranks(graph: fx.Graph, like: fx.Node, value: fx.Node) -> fx.Node:
-    """Insert the mean of ``value`` over the group of the existing sum ``like``.
-
-    Every rank has as many heads, so that the mean of their means is the mean.
-    """
-    total = sum_over_ranks(graph, like, value)
-    return call(graph, torch.ops.aten.div.Scalar, (total, group_size(like)))
-
-
-def group_size(like: fx.Node) -> int:
-    """Return how many ranks the group of a sum has; PassError where it is not known."""
+def group_of(like: fx.Node) -> Any:
+    """Return the process group of a sum; PassError where its operator names none."""
     name = like.args[-1]
     if not op_name(like).startswith(_NATIVE) or not isinstance(name, str):
-        raise PassError(f"{op_name(like)} does not tell how many ranks it sums over")
-    from torch.distributed import distributed_c10d
-
-    return int(distributed_c10d._get_group_size_by_name(name))
+        raise PassError(f"{op_name(like)} does not tell which ranks it sums over")
+    return _compat.process_group(name)
 
 
 def is_sharded(gm: fx.GraphModule) -> bool:
     """Tell whether ``gm`` is of one rank of several that hold a model."""
     return any(is_collective(node) for node in gm.graph.nodes)
-
-
-__all__ = [
-    "count_collectives",
-    "group_size",
-    "is_collective",
-    "is_sharded",
-    "make_functional",
-    "mean_over_ranks",
-    "sum_over_ranks",
-    "summed_behind",
-]

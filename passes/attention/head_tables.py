@@ -54,13 +54,16 @@ class HeadTable:
                 )
         return None
 
-    def refusal(self, model: ModelGraph) -> Remark | None:
-        """Return the remark that the table is for another model, or None."""
+    def refusal(self, model: ModelGraph, ranks: int = 1) -> Remark | None:
+        """Return the remark that the table is for another model, or None.
+
+        ``model`` has the heads of one rank of ``ranks``.
+        """
         if not model.attention:
             return None
         site = model.attention[0]
-        sizes = (len(model.attention), site.num_heads, site.num_kv_heads)
-        text = self.mismatch(*sizes)
+        heads, kv_heads = site.num_heads * ranks, site.num_kv_heads * ranks
+        text = self.mismatch(len(model.attention), heads, kv_heads)
         return failure("table-size", text) if text else None
 
     def pattern(self, layer: int, head: int, group: int, base: HeadPattern) -> Any:

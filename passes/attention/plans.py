@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import fx
@@ -12,6 +12,7 @@ from graphopt import cost
 from graphopt.codegen.predicates import BLOCK
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.replace import BlockTables, replace_by_visit, replace_site
+from graphopt.ir.shards import RankShare
 from graphopt.passes.attention.heads import UNBOUNDED, HeadPattern, VisitRow
 
 _Row = TypeVar("_Row")
@@ -43,6 +44,10 @@ class StaticPlan:
         replace_site(
             gm, site, pattern=self.pattern, sink=sink, window=window, min_tokens=pays
         )
+
+    def part(self, share: RankShare) -> StaticPlan:
+        """Return the same kernel with the tables of a rank's heads."""
+        return replace(self, pairs=_part(self.pairs, share))
 
     def describe(self) -> str:
         """Return what the remark says."""
@@ -96,6 +101,10 @@ class VisitPlan:
             min_tokens=pays,
         )
 
+    def part(self, share: RankShare) -> VisitPlan:
+        """Return the same kernel with the tables of a rank's heads."""
+        return replace(self, rows=_part(self.rows, share))
+
     def _block_tables(self) -> BlockTables | None:
         if not any(row.has_list for row in self.rows):
             return None
@@ -147,6 +156,10 @@ def layer_plan(heads: Sequence[HeadPattern]) -> StaticPlan | VisitPlan | None:
     if not streaming and all(sink == 0 for sink, _ in pairs):
         pattern = "sliding-window"
     return StaticPlan(pattern, _shared(pairs))
+
+
+def _part(rows: tuple[_Row, ...], share: RankShare) -> tuple[_Row, ...]:
+    return rows if len(rows) == 1 else _shared(share.part(rows))
 
 
 def _shared(rows: Sequence[_Row]) -> tuple[_Row, ...]:

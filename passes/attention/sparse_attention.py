@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.codegen.predicates import BLOCK
-from graphopt.errors import ConfigError
+from graphopt.errors import ConfigError, PassError
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.shards import RankShare, share_of_heads
 from graphopt.passes.attention.head_tables import HeadTable, read_table
 from graphopt.passes.attention.heads import (
     HeadPattern,
@@ -72,6 +73,7 @@ class SparseAttention(Pass):
 
     - ``decode``: one query row, attended densely;
     - ``not-causal``: bidirectional attention has no recent past;
+    - ``sharded``: heads are named, and which of them this rank has cannot be told;
     - ``model-window``: the model itself attends to a window already;
     - ``too-short``: the prompt's length is known and dense is predicted faster;
     - ``not-selected``: ``layers`` leaves the layer out, or all its heads are dense;
@@ -156,20 +158,24 @@ class SparseAttention(Pass):
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Rewrite the causal prefill sites of the selected layers."""
-        if remarks := self._out_of_range(model):
+        try:
+            share = self._share(model)
+        except PassError as error:
+            return PassResult(False, (missed("graph", "sharded", str(error)),))
+        if remarks := self._out_of_range(model, share.ranks):
             return PassResult(False, tuple(remarks))
         table = self._table()
-        if table is not None and (wrong := table.refusal(model)):
+        if table is not None and (wrong := table.refusal(model, share.ranks)):
             return PassResult(False, (wrong,))
-        remarks = [self._visit(model, site, context) for site in model.attention]
+        remarks = [self._visit(model, site, share, context) for site in model.attention]
         changed = any(r.kind == "applied" for r in remarks)
         return PassResult(changed, tuple(remarks), {"sites": len(remarks)})
 
-    def _out_of_range(self, model: ModelGraph) -> list[Remark]:
+    def _out_of_range(self, model: ModelGraph, ranks: int) -> list[Remark]:
         count = len(model.attention)
         if not count:
             return []
-        heads = max(site.num_heads for site in model.attention)
+        heads = ranks * max(site.num_heads for site in model.attention)
         named = [("layers", i, count) for i in self.layers or []]
         for rule in self.heads:
             named += [("heads.layers", i, count) for i in rule.layers or []]
@@ -188,12 +194,16 @@ class SparseAttention(Pass):
         return read_table(self.table, self.sparsity) if self.table else None
 
     def _visit(
-        self, model: ModelGraph, site: AttentionSite, context: PassContext
+        self,
+        model: ModelGraph,
+        site: AttentionSite,
+        share: RankShare,
+        context: PassContext,
     ) -> Remark:
         name = f"attention[{site.index}]"
         if refusal := self._refusal(site):
             return missed(name, *refusal)
-        plan = layer_plan(self._head_patterns(site))
+        plan = layer_plan(self._head_patterns(site, share.ranks))
         if plan is None:
             return missed(name, "not-selected", "every head of this layer is dense")
         # Forced or not, what a pattern covers whole stays dense: the keys are the same,
@@ -202,7 +212,8 @@ class SparseAttention(Pass):
         if statically_known_true(site.kv_len < pays):
             text = f"dense is predicted faster below {pays} tokens"
             return missed(name, "too-short", text, tokens=str(site.kv_len), pays=pays)
-        plan.rewrite(model.gm, site, pays)
+        # Planned for the whole model's heads: which kernel, and from which length.
+        plan.part(share).rewrite(model.gm, site, pays)
         text = f"{plan.describe()}; dense below {pays} tokens"
         return applied(name, text, min_tokens=pays)
 
@@ -219,10 +230,18 @@ class SparseAttention(Pass):
             return "not-selected", "the option 'layers' leaves this layer out"
         return None
 
-    def _head_patterns(self, site: AttentionSite) -> list[HeadPattern]:
+    def _share(self, model: ModelGraph) -> RankShare:
+        """Return which heads this rank has, where a table or a row names some."""
+        named = self.table or any(rule.heads is not None for rule in self.heads)
+        if not named or not model.attention:
+            return RankShare()
+        return share_of_heads(model, model.attention[0])
+
+    def _head_patterns(self, site: AttentionSite, ranks: int) -> list[HeadPattern]:
+        """Return the pattern of every head of the model, whose part is at ``site``."""
         result, table = [], self._table()
         group = site.num_heads // site.num_kv_heads
-        for head in range(site.num_heads):
+        for head in range(site.num_heads * ranks):
             found = self._base()
             if table is not None:
                 found = table.pattern(site.index, head, group, found)

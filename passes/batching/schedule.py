@@ -11,7 +11,7 @@ from graphopt.errors import PassError
 from graphopt.ir.loops import ChunkOrder, is_body, set_order
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.op_groups import OpGroup, op_groups
-from graphopt.passes.base import Pass, PassContext, PassResult, option
+from graphopt.passes.base import Pass, PassContext, PassResult, Selects, option
 from graphopt.remarks import Remark, applied, missed
 
 
@@ -71,6 +71,11 @@ class Schedule(Pass):
         "two chunks in step (mllm), what the longest chain hangs on",
     )
     processors: int = option(2, "worker threads, or streams of a GPU", "processors")
+
+    @property
+    def selects_over(self) -> Selects:
+        """Ranks that run chunks in different orders would sum different chunks."""
+        return "durations"
 
     @model_validator(mode="after")
     def _some(self) -> Self:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graphopt.passes.base import Pass, option
+from graphopt.passes.base import Pass, Selects, option
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -94,6 +94,11 @@ class NeuronOptions(Pass):
         if self.method != "teal" and self.levels is not None:
             raise ValueError("levels belong to method = 'teal'; leave them out")
         return self
+
+    @property
+    def selects_over(self) -> Selects:
+        """``core`` ranks neurons against one another; thresholds are of one each."""
+        return "neurons" if self.method == "core" else "nothing"
 
     @property
     def shortest(self) -> int:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import fx
 
 from graphopt.errors import ConfigError
+from graphopt.ir.collectives import is_collective
 from graphopt.ir.constants import is_parameter, parameter_name
 from graphopt.ir.match import value_of
 from graphopt.ir.model_graph import ModelGraph
@@ -77,6 +78,7 @@ class ShadowOutlier(Pass):
 
     - ``uncalibrated``: the file of ``scales`` has no range for the linear's input;
     - ``changes``: the weight is no parameter, so each call would turn it into codes;
+    - ``sharded``: the linear's inputs are shared out over ranks, and its result summed;
     - ``layer``: the linear belongs to no layer of ``layers``; the LM head, whose error
       goes to the logits as it is, without ``head = true``;
     - ``unsupported``: the device is neither CPU nor CUDA, or operands of other types.
@@ -196,6 +198,9 @@ class ShadowOutlier(Pass):
         if self.activations == "float" and _is_trained(site):
             why = "codes of weights have no derivatives: run under torch.no_grad()"
             return "unsupported", why
+        if any(is_collective(user) for user in site.node.users):
+            why = "each row's scale is over all inputs, of which this rank has a part"
+            return "sharded", why
         if not is_parameter(site.weight):
             return "changes", "the weight is computed, so each call would code it anew"
         return None

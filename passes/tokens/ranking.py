@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.stream.layers import Layer
 from graphopt.ir.tokens.drop import Ranking, attention_scores, spread_scores
-from graphopt.passes.base import Pass, option
+from graphopt.passes.base import Pass, Selects, option
 
 _SEED = 0
 
@@ -35,6 +35,16 @@ class RankingOptions(Pass):
     smooth: Annotated[int, Field(ge=1), AfterValidator(_odd)] = option(
         1, "lazy, fastv: a token has the greatest score of so many neighbours"
     )
+
+    @property
+    def selects_over(self) -> Selects:
+        """Scores are means over heads, but for the baselines'."""
+        return "heads" if self.method in ("lazy", "fastv", "must") else "nothing"
+
+    @property
+    def asks_ranks(self) -> bool:
+        """A mean is summed over ranks; ``must`` takes maxima of means inside."""
+        return self.method != "must"
 
     @property
     def ranking(self) -> Ranking:

@@ -16,6 +16,7 @@ from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.match import float_of, shape_of, sizes_of, value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import call, key_mask_of
+from graphopt.ir.shards import mean_of_heads, summed_heads
 from graphopt.ir.stream.layers import Layer
 from graphopt.ir.tokens.kept import token_sizes
 from graphopt.ir.tokens.returning import Returning
@@ -58,11 +59,13 @@ class Ranking:
 def attention_scores(model: ModelGraph, layer: Layer, ranking: Ranking) -> fx.Node:
     """Insert behind ``layer`` its last tokens' attention to each token, [B, S]."""
     site, graph = layer.attention, model.gm.graph
+    like = summed_heads(model, site)
     with graph.inserting_before(stream_behind(layer).next):
         mask = key_mask_of(graph, site)
         logits = (scale_of(site), site.softcap, site.window)
         args = (site.query, site.key, mask, *logits, ranking.observe)
         scores = call(graph, _ops.token_scores.default, args)
+        scores = mean_of_heads(graph, like, scores)
         return ranking.smoothed(graph, scores)
 
 

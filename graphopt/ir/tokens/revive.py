@@ -21,6 +21,7 @@ from graphopt.ir.caches.sites import is_given
 from graphopt.ir.match import is_own, value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import call, key_mask_of, substitute
+from graphopt.ir.shards import mean_of_heads, summed_heads
 from graphopt.ir.tokens.drop import Drop, Ranking, kept_count, scale_of, stream_behind
 from graphopt.ir.tokens.returning import (
     Returning,
@@ -56,6 +57,7 @@ def revive_tokens(model: ModelGraph, drops: Sequence[Drop], ranking: Ranking) ->
     streams = [stream_behind(layer) for layer in model.layers]
     sites = list(model.attention)
     reads = [_read(site) for site in sites]
+    sums = [summed_heads(model, site) for site in sites]  # before sites are replaced
     graph, tokens = model.gm.graph, _token_inputs(model)
     first = note_tokens(model, position)
     write_at_places(model, sites[drops[0].layer + 1 :], first)
@@ -67,6 +69,7 @@ def revive_tokens(model: ModelGraph, drops: Sequence[Drop], ranking: Ranking) ->
             if seen is None:
                 seen = _all_places(graph, sites[layer], reads[layer], first)
             scores = _scores(graph, sites[layer], reads[layer], seen)
+            scores = mean_of_heads(graph, sums[layer], scores)
             scores = ranking.smoothed(graph, scores)
             count = kept_count(graph, seen, drop.keep)
             args = (scores, seen, count)
