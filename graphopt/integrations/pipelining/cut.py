@@ -36,13 +36,19 @@ class Part:
     results: tuple[int | None, ...]
 
 
-def mark_stages(gm: fx.GraphModule, stages: int) -> None:
+def mark_stages(gm: fx.GraphModule, stages: int, expected: int | None = None) -> None:
     """Note in ``gm`` where each of so many stages begins, in whole layers.
 
-    The notes outlive passes. Raises ModelError for a model of fewer layers, or whose
-    layers do not follow one another along a residual stream.
+    The notes outlive passes. Raises ModelError for a model of fewer layers, or of
+    others than ``expected``, or whose layers do not follow one another along a residual
+    stream.
     """
     layers = ModelGraph(gm).layers
+    if expected is not None and len(layers) != expected:
+        raise ModelError(
+            f"pipelining: {len(layers)} layers with attention were found in the graph "
+            f"of a model of {expected}; `graphopt explain` shows what was recognised"
+        )
     if len(layers) < stages:
         raise ModelError(
             f"pipelining: {stages} stages of a model in which {len(layers)} layers "

@@ -12,6 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from graphopt import _compat
 from graphopt.backend import rewrite
+from graphopt.distributed import localise
 from graphopt.errors import GraphoptError
 from graphopt.integrations.pipelining.cut import Part, cut, mark_stages
 from graphopt.integrations.pipelining.sizes import Sizes, TensorLike
@@ -71,8 +72,8 @@ class _ProbedError(Exception):
 class Probe:
     """What stages exchange in a call: ``received`` of each stage, and the results."""
 
-    received: list[list[TensorLike]]
-    results: list[TensorLike]
+    received: tuple[tuple[TensorLike, ...], ...]
+    results: tuple[TensorLike, ...]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class StagedModel:
 
     Every process captures and rewrites the whole graph, so that passes see the layers
     that they see in one process, by the same numbers; it compiles the stages ``own``.
-    The other stages' weights are given up by `release`. ``check`` may refuse a report.
+    ``check`` may refuse a report; ``layers`` is how many the caches were divided for.
 
     A call runs one stage: results that others compute are None in it.
     """
@@ -104,11 +105,12 @@ class StagedModel:
         options: dict[str, Any],
         host: str = "inductor",
         check: Check | None = None,
+        layers: int | None = None,
     ) -> None:
         self.step, self.stages, self.own = step, stages, tuple(own)
         self.options = parse_options(options)
         self.reports: list[CompileReport] = []
-        self._host, self._check = HOSTS[host], check
+        self._host, self._check, self._layers = HOSTS[host], check, layers
         self._link = _Link()
         self._programs: list[_Program] = []
         self._call: Any = torch.compile(
@@ -144,10 +146,11 @@ class StagedModel:
             raise
 
     def _backend(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        local = localise(gm, inputs)
         fold_float_attributes(gm)
         eliminate_dead_code(gm)
         tie_sizes(gm)
-        mark_stages(gm, self.stages)
+        mark_stages(gm, self.stages, self._layers)
         report, _ = rewrite(gm, self.options)
         self.reports.append(report)
         if self._check is not None:
@@ -158,9 +161,9 @@ class StagedModel:
         reads = {place for stage in self.own for place in parts[stage].inputs}
         program = _Program(parts, run, Sizes(gm), outputs, reads)
         self._programs.append(program)
-        return lambda *arguments: self._run(program, arguments)
+        return lambda *given: self._run(program, local.arguments(given))
 
-    def _run(self, program: _Program, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _run(self, program: _Program, arguments: Sequence[Any]) -> tuple[Any, ...]:
         link = self._link
         if link.probe:
             raise _ProbedError(_probe(program, arguments))
@@ -173,7 +176,7 @@ class StagedModel:
         return tuple(None if place is None else own[place] for place in part.results)
 
 
-def _probe(program: _Program, arguments: tuple[Any, ...]) -> Probe:
+def _probe(program: _Program, arguments: Sequence[Any]) -> Probe:
     values = program.sizes.of(arguments)
-    received = [[values(node) for node in part.received] for part in program.parts]
-    return Probe(received, [values(node) for node in program.outputs])
+    received = (map(values, part.received) for part in program.parts)
+    return Probe(tuple(map(tuple, received)), tuple(map(values, program.outputs)))
