@@ -56,15 +56,30 @@ def graphopt(
     local = localise(gm, example_inputs)
     report, original = rewrite(gm, parsed)
     report.remarks += [] if local.remark is None else [local.remark]
+    compiled = compile_rewritten(gm, local.inputs, parsed, report, original)
+    return _on_parts(compiled, local)
+
+
+def compile_rewritten(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    options: BackendOptions,
+    report: CompileReport,
+    original: fx.GraphModule | None = None,
+) -> Compiled:
+    """Compile what `rewrite` has rewritten and publish its report.
+
+    With ``original``, the graph of before, the first call compares both.
+    """
     start = time.perf_counter()
-    tell = partial(_tell, report, parsed)
-    compiled, outlining = _compile(gm, local.inputs, parsed, tell)
+    tell = partial(_tell, report, options)
+    compiled, outlining = _compile(gm, example_inputs, options, tell)
     report.seconds["compile"] = time.perf_counter() - start
     report.remarks.append(outlining)
-    if parsed.verify == "numeric" and original is not None:
-        compiled = _verify_numbers(original, compiled, report, parsed)
-    _publish(report, parsed)
-    return _on_parts(compiled, local)
+    if options.verify == "numeric" and original is not None:
+        compiled = _verify_numbers(original, compiled, report, options)
+    _publish(report, options)
+    return compiled
 
 
 def _on_parts(compiled: Compiled, local: LocalGraph) -> Compiled:
@@ -291,6 +306,13 @@ def _with_mode(mode: str | None) -> Any:
     return with_mode
 
 
-__all__ = ["PassRecord", "compile", "graphopt", "last_reports", "rewrite"]
+__all__ = [
+    "PassRecord",
+    "compile",
+    "compile_rewritten",
+    "graphopt",
+    "last_reports",
+    "rewrite",
+]
 
 _compat.warn_about_generate(graphopt)

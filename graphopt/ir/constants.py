@@ -19,6 +19,9 @@ from torch.fx.node import Argument
 from graphopt._compat import placeholder_source, specialize_float
 
 _PART = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
+# On a node: the name of a parameter, or of a part of one, where the model knows it by
+# another than the module does (an engine that merges projections).
+NAME = "graphopt_parameter_name"
 _PARAMETER_PARTS = ("_parameters[", "_buffers[", "_modules[")
 
 
@@ -77,6 +80,8 @@ def parameter_name(node: object) -> str:
 
     Empty for a node that is none, or of which Dynamo keeps no source.
     """
+    if isinstance(node, fx.Node) and NAME in node.meta:
+        return str(node.meta[NAME])
     if not isinstance(node, fx.Node) or not is_parameter(node):
         return ""
     return ".".join(_PART.findall(placeholder_source(node)))

@@ -146,9 +146,12 @@ class ModelGraph:
 
     @cached_property
     def kind(self) -> str:
-        """Return prefill, decode, encoder, or unknown (no attention)."""
+        """Return prefill, decode, encoder, mixed (tokens of prompts and of steps, of
+        several requests), or unknown (no attention)."""
         if not self.attention:
             return "unknown"
+        if any(s.form == "paged" for s in self.attention):
+            return "mixed"
         if isinstance(self.tokens, int) and self.tokens == 1:
             return "decode"
         causal = any(s.pattern != "full" for s in self.attention)

@@ -34,7 +34,7 @@ def rewrite(
     """
     if options.sparsity == 0:
         return _nothing("dense", "sparsity 0 leaves nothing out")
-    if model.kind != "decode":
+    if model.kind not in ("decode", "mixed"):
         return _nothing("not-decode", f"its {model.tokens} tokens share the weights")
     assert options.thresholds is not None  # which the options see to
     found = Calibration.read(options.thresholds)
@@ -50,7 +50,8 @@ def sparsify(
     """Rewrite a decoding graph with the thresholds of ``calibrated``."""
     path, sparsity = options.levels, options.sparsity
     levels = None if path is None else read_levels(path, sparsity)
-    rule = Rule(sparsity, options.force, context.device, calibrated, levels)
+    mixed = model.kind == "mixed"
+    rule = Rule(sparsity, options.force, context.device, calibrated, levels, mixed)
     layers = _layers(model, options)
     sites: Sequence[_Choice] = (
         [*_teal(layers, rule)] if options.method == "teal" else [*_cats(layers, rule)]

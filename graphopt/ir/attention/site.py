@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +82,21 @@ class AttentionSite:
         return int(value_of(self.query).dtype.itemsize)
 
 
+Matcher = Callable[[fx.Node], "AttentionSite | None"]
+# What integrations know: how other engines spell attention, by the operator's name.
+_matchers: dict[str, Matcher] = {}
+
+
+def register_matcher(name: str) -> Callable[[Matcher], Matcher]:
+    """Let `find_attention` read operators of ``name`` by the function decorated."""
+
+    def register(matcher: Matcher) -> Matcher:
+        _matchers[name] = matcher
+        return matcher
+
+    return register
+
+
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     """Return the attention sites of ``gm`` in graph order, numbered from 0."""
     from graphopt.ir.attention.eager import match_eager
@@ -105,6 +120,8 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
             site = match_places(node)
         elif name == "softmax":
             site = match_eager(node, evaluator)
+        elif name in _matchers:
+            site = _matchers[name](node)
         if site is not None:
             sites.append(replace(site, index=len(sites)))
     return sites
