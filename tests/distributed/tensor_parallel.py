@@ -2,14 +2,18 @@
 
 Arguments: the model's directory, how it is shared out (``transformers`` or ``torch``),
 and a JSON list of pass configs. Rank 0 says what it found for each, compared with the
-whole model in one process under the same config.
+whole model in one process under the same config. A config that starts with ``!`` runs
+without the sums that passes add, as a control; one that starts with ``aot:`` runs as
+Inductor would get it, the others operator by operator.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -60,20 +64,24 @@ def _parallelized(model: Any) -> Any:
 class Watch:
     """Counts graphs and their collectives on the way to what runs them."""
 
-    def __init__(self) -> None:
+    def __init__(self, lowered: bool) -> None:
         self.collectives: list[int] = []
+        self.lowered = lowered
 
     def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        """Run the graph as Inductor would get it."""
+        """Run the graph, as Inductor would get it if asked to."""
         self.collectives.append(count_collectives(gm))
-        return traced(gm, inputs)
+        return traced(gm, inputs) if self.lowered else gm
 
 
 def run(model: nn.Module, config: str, ids: torch.Tensor) -> dict[str, Any]:
     """Return the logits under ``config``, its graphs, collectives and remarks."""
-    watch, reports = Watch(), []
+    watch, reports = Watch(config.startswith("aot:")), []
+    config = config.removeprefix("aot:")
+    broken, config = config.startswith("!"), config.removeprefix("!")
+    control = mock.patch("graphopt.ir.shards.summed_behind", return_value=None)
     twin = rewritten(model, config, host=watch, reports=reports, copied=False)
-    with torch.no_grad():
+    with torch.no_grad(), control if broken else nullcontext():
         logits = twin(ids, use_cache=False, logits_to_keep=1).logits
     remarks = [r for report in reports for r in report.all_remarks()]
     return {
@@ -87,7 +95,7 @@ def run(model: nn.Module, config: str, ids: torch.Tensor) -> dict[str, Any]:
 
 def main(path: str, how: str, configs: list[str]) -> None:
     """Compare every config with the whole model under it, and without."""
-    ids = torch.randint(3, 99, (2, 40), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, 99, (2, 150), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         plain = whole(path)(ids, use_cache=False, logits_to_keep=1).logits
     model = shared(path, how)

@@ -1,0 +1,74 @@
+"""Tensor parallel: each rank's graph under the passes, against the whole model's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import launch
+from tests.models import TINY
+
+SCRIPT = str(Path(__file__).parent / "tensor_parallel.py")
+SPARSE = (
+    "structured-mask,sparse-attention{pattern=vertical-slash,sink=2,window=4,"
+    "vertical=3,slash=5,force=true,heads=[{heads=[0],pattern=dense},"
+    "{heads=[3],pattern=a-shape,sink=2,window=3}]}"
+)
+WINDOW = "structured-mask,sparse-attention{sink=4,window=8,force=true}"
+TOKENS = "token-drop{schedule=[{layer=0,keep=0.5}]}"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny Llama with four heads and two KV heads, as transformers saves it."""
+    path = tmp_path_factory.mktemp("model")
+    TINY["llama"]().save_pretrained(path)
+    return str(path)
+
+
+def found(saved, how, *configs):
+    results = launch(SCRIPT, saved, how, json.dumps(configs), limit=300)
+    return dict(zip(configs, results, strict=True))
+
+
+@pytest.fixture(scope="module")
+def by_transformers(saved):
+    """What ranks of a model that transformers shares out found."""
+    configs = (f"aot:{SPARSE}", WINDOW, TOKENS, f"!{TOKENS}", "neuron-mask")
+    return found(saved, "transformers", *configs)
+
+
+def same(result, sites, collectives):
+    """Say that every site was rewritten, and nothing else than on one process."""
+    assert result["applied"] == result["alone"] == sites
+    assert result["collectives"] == [collectives]  # one graph
+    assert result["difference"] < 1e-5
+    assert result["effect"] > 1e-2
+
+
+def test_attention_passes_see_this_ranks_heads(by_transformers):
+    # Rows that name heads mean the whole model's: head 0 is rank 0's, head 3 rank 1's.
+    same(by_transformers[f"aot:{SPARSE}"], sites=4, collectives=6)
+    same(by_transformers[WINDOW], sites=4, collectives=6)
+
+
+def test_tokens_are_ranked_by_the_heads_of_all_ranks(by_transformers):
+    same(by_transformers[TOKENS], sites=1, collectives=7)
+    # Without the sum each rank drops other tokens, and nothing else tells.
+    control = by_transformers[f"!{TOKENS}"]
+    assert control["applied"] == 1 and control["collectives"] == [6]
+    assert control["difference"] > 1e-2
+
+
+def test_a_choice_among_all_neurons_is_refused(by_transformers):
+    result = by_transformers["neuron-mask"]
+    assert result["codes"] == ["sharded"] and result["difference"] < 1e-5
+    assert "it chooses over neurons" in result["said"][0]
+
+
+def test_torchs_own_plan(saved):
+    results = found(saved, "torch", f"aot:{SPARSE}", TOKENS)
+    same(results[f"aot:{SPARSE}"], sites=4, collectives=4)
+    same(results[TOKENS], sites=1, collectives=5)
