@@ -109,9 +109,12 @@ def distil(
         float, typer.Option(help="Divides the logits of the teacher's part.")
     ] = 1.0,
     divide: Annotated[
-        str,
-        typer.Option(help="KL by elements (the paper's code) or by rows (the mean)."),
-    ] = "elements",
+        str | None,
+        typer.Option(
+            help="KL by elements (the paper's code) or by rows (the mean); rows for "
+            "a text if left out, since vocabularies make elements' gradients tiny."
+        ),
+    ] = None,
     smoothing: Annotated[
         float, typer.Option(min=0, max=1, help="Smoothing of labels.")
     ] = 0.0,
@@ -143,7 +146,7 @@ def distil(
         warmup=warmup,
         alpha=alpha,
         temperature=temperature,
-        divide=divide,  # type: ignore[arg-type]
+        divide=divide or ("elements" if data else "rows"),  # type: ignore[arg-type]
         smoothing=smoothing,
         seed=seed,
         keep_every=keep_every,

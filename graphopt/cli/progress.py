@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,16 +18,15 @@ from rich.progress import (
 )
 
 Say = Callable[[str, int, int], None]
+_SECONDS = 5.0  # between lines of a log
 
 
 @contextmanager
 def progress_bar() -> Iterator[Say]:
-    """Show a bar on stderr, or a line a step where that is no terminal."""
+    """Show a bar on stderr, or a line every few seconds where that is no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda what, done, of: print(
-            f"{what} ({done + 1} of {of})", file=sys.stderr, flush=True
-        )
+        yield _lines()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
@@ -35,3 +35,17 @@ def progress_bar() -> Iterator[Say]:
         yield lambda what, done, of: bar.update(
             task, description=what, completed=done, total=of
         )
+
+
+def _lines() -> Say:
+    """Return what prints the first step, the last, and one every few seconds."""
+    due = 0.0
+
+    def say(what: str, done: int, of: int) -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now >= due or done + 1 == of:
+            print(f"{what} ({done + 1} of {of})", file=sys.stderr, flush=True)
+            due = now + _SECONDS
+
+    return say

@@ -92,7 +92,10 @@ def read_examples(path: str | Path) -> Examples:
     try:
         found = load_file(path)
     except Exception as error:
-        raise ConfigError(f"--data {path}: cannot be read: {error}") from None
+        raise ConfigError(
+            f"--data {path}: cannot be read as safetensors ({error}); a text for a "
+            "decoder is given with --text"
+        ) from None
     labels = found.pop("labels", None)
     return Examples(found, None if labels is None else labels.long())
 

@@ -88,6 +88,7 @@ def test_the_command_generates(folder):
     ids = loaded.model.generate(torch.tensor([[10, 11, 12]]), max_new_tokens=5)
     assert found.tokens == ids[0, 3:].tolist() and len(found.text.split()) == 5
     assert found.prefill_seconds > 0 and found.decode_tokens_per_second > 0
+    assert 0 < found.compile_seconds < 600
 
 
 @pytest.mark.parametrize(
