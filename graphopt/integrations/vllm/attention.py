@@ -1,0 +1,39 @@
+"""Sparse attention on a CPU: vLLM's paged cache, read by graphopt's kernel.
+
+vLLM asks for `Backend` while it builds a model. Without ``sparse-attention`` in the
+settings that is vLLM's own. Keys and values lie in vLLM's blocks, of `PAGE` tokens, as
+rows of channels: vLLM's kernel has a private order, so both writing and reading are
+done here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PATH = f"{__name__}.Backend"
+
+
+def override() -> None:
+    """Let vLLM ask here for its CPU attention."""
+    from vllm.v1.attention.backends.registry import (
+        AttentionBackendEnum,
+        register_backend,
+    )
+
+    register_backend(AttentionBackendEnum.CPU_ATTN, PATH)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Backend":
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    from graphopt.integrations.vllm.settings import read_settings
+
+    config = get_current_vllm_config_or_none()
+    if config is None or not read_settings(config).attention:
+        return CPUAttentionBackend
+    from graphopt.integrations.vllm.sparse_cpu import SparseAttentionBackend
+
+    return SparseAttentionBackend

@@ -1,0 +1,73 @@
+"""The backend that vLLM hands graphs to: vLLM's spellings raised, passes, Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import fx
+
+from graphopt.backend import Compiled, compile_rewritten, rewrite
+from graphopt.errors import ConfigError, PassError
+from graphopt.integrations.vllm.settings import Settings, read_settings
+from graphopt.integrations.vllm.spelling import lower, raise_ops
+from graphopt.pipeline import PassRecord
+
+Backend = Callable[[fx.GraphModule, list[Any]], Compiled]
+
+
+def make_backend() -> Backend:
+    """Return the backend of the model that vLLM is building.
+
+    Raises ConfigError for settings that cannot be used.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    if config is None:
+        raise ConfigError(
+            "graphopt.integrations.vllm.backend is made where vLLM builds a model: "
+            "give its name, -cc.mode=2 -cc.backend=graphopt.integrations.vllm.backend"
+        )
+    settings = read_settings(config)
+    _leave_weights(bool(settings.options.config.pipeline))
+    return partial(compile_graph, settings)
+
+
+def compile_graph(
+    settings: Settings, gm: fx.GraphModule, inputs: list[Any]
+) -> Compiled:
+    """Rewrite one graph of a worker and compile it.
+
+    Raises PassError for a pass that was asked for and found nothing to do.
+    """
+    pipeline = settings.options.config.pipeline
+    raise_ops(gm, split_gates=any(_masks_gates(item) for item in pipeline))
+    report, original = rewrite(gm, settings.options)
+    lower(gm)
+    gm.recompile()
+    _check(report.records)
+    return compile_rewritten(gm, inputs, settings.options, report, original)
+
+
+def _check(records: list[PassRecord]) -> None:
+    for record in records:
+        if not any(remark.kind == "applied" for remark in record.remarks):
+            reasons = "; ".join(dict.fromkeys(str(r) for r in record.remarks))
+            raise PassError(f"vLLM: {record.name} rewrote nothing: {reasons}")
+
+
+def _masks_gates(item: Any) -> bool:
+    return item.name == "neuron-mask" and item.options().get("method") == "cats"
+
+
+def _leave_weights(plain: bool) -> None:
+    """Let linears of a CPU stay linears, as on GPUs, where passes read them.
+
+    vLLM packs their weights into handles of oneDNN otherwise, when they are loaded; it
+    skips layers with this attribute.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+
+    LinearBase._cpu_skip_gemm_dispatch = plain

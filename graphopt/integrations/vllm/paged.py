@@ -1,0 +1,101 @@
+"""vLLM's cache [blocks, Hkv, PAGE, 2 D] as pages of graphopt's kernels.
+
+A block holds, head by head, `PAGE` keys and then `PAGE` values. To the kernel that is
+one head whose pages are (block, head, key or value), and each head of a request is a
+row with a table of its own, so that heads need no layout of their own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import ConfigError
+from graphopt.integrations.vllm.heads import Plan
+from graphopt.ops.pages import PAGE
+
+Which = tuple[Tensor, Tensor, Tensor]
+"""starts int32 [R + 1], past int32 [R] and table int32 [R, M] of some requests."""
+
+
+def blocks(cache: Tensor) -> Tensor:
+    """Return the cache as [blocks, Hkv, 2, PAGE, D], keys then values."""
+    count, heads, page, both = cache.shape
+    if page != PAGE or not cache.is_contiguous():
+        raise ConfigError(
+            f"vLLM: sparse-attention: a cache of blocks of {page} tokens, strides "
+            f"{cache.stride()}; blocks are multiples of {PAGE} in one piece each"
+        )
+    return cache.view(count, heads, 2, PAGE, both // 2)
+
+
+def write(cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    """Write key and value [N, Hkv, D] to ``slots`` [M], M <= N; below 0 is padding."""
+    held = blocks(cache)
+    real = slots >= 0
+    if not bool(real.all()):
+        key, value = key[: len(slots)][real], value[: len(slots)][real]
+        slots = slots[real]
+    block, place = slots // PAGE, slots % PAGE
+    for index, x in enumerate((key, value)):
+        held[block, :, index, place] = x[: len(slots)].to(cache.dtype)
+
+
+def attend(
+    output: Tensor,
+    query: Tensor,
+    cache: Tensor,
+    which: Which,
+    plan: Plan,
+    scale: float,
+    softcap: float,
+) -> None:
+    """Write attention of query [N, Hq, D] to ``output`` for the requests of ``which``.
+
+    Keys and values of all their tokens are in ``cache``.
+    """
+    starts, past, table = which
+    first, last = int(starts[0]), int(starts[-1])
+    heads = cache.shape[1]
+    tokens, group = last - first, query.shape[1] // heads
+    each = query[first:last].view(tokens, heads, group, -1).permute(2, 1, 0, 3)
+    lines = torch.arange(heads, dtype=torch.int32)[:, None]
+    # Rows are (head, request): the heads' tokens lie one behind the other.
+    begins = (starts[:-1] - first)[None] + lines * tokens
+    ends = begins.new_tensor([heads * tokens])
+    pages = table[None] * (2 * heads) + 2 * lines[..., None]
+    pool = blocks(cache).view(1, -1, PAGE, query.shape[-1])
+    for sink, window, part in _alike(plan, heads, group):
+        found = torch.ops.graphopt.ragged_page_attention(
+            each.reshape(1, group, heads * tokens, -1),
+            torch.cat((begins.flatten(), ends)),
+            past.repeat(heads),
+            pages.flatten(0, 1),
+            pool,
+            pool[:, 1:],
+            None,
+            None,
+            plan.pattern,
+            sink,
+            window,
+            scale,
+            softcap,
+        )
+        by_head = found.view(group, heads, tokens, -1).permute(2, 1, 0, 3)
+        held = output[first:last].view(tokens, heads, group, -1)
+        held[:, part] = by_head[:, part]
+
+
+def _alike(
+    plan: Plan, heads: int, group: int
+) -> list[tuple[list[int], list[int], list[int]]]:
+    """Return (sink, window, KV heads) of the heads that have the same table."""
+    if len(plan.pairs) == 1:
+        return [(plan.sink, plan.window, list(range(heads)))]
+    found: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for head in range(heads):
+        own = plan.pairs[head * group : (head + 1) * group]
+        found.setdefault(own, []).append(head)
+    return [
+        ([s for s, _ in own], [w for _, w in own], part) for own, part in found.items()
+    ]

@@ -1,0 +1,101 @@
+"""What the user asks of graphopt inside vLLM, checked by graphopt's own parsers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from graphopt.config import DEFAULT_FIRST, DEFAULT_LAST, PassConfig
+from graphopt.errors import ConfigError
+from graphopt.integrations.vllm.fit import ATTENTION, refusal
+from graphopt.integrations.vllm.pairs import Pairs, read_pairs
+from graphopt.options import BackendOptions, parse_options
+from graphopt.passes.base import Pass
+
+# The key of vLLM's additional_config, and the variables that name files instead.
+KEY = "graphopt"
+CONFIG_VARIABLE, PAIRS_VARIABLE = "GRAPHOPT_CONFIG", "GRAPHOPT_ENSEMBLE"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``options`` has the passes over graphs, ``attention`` those of the backend.
+
+    ``pairs`` are the models of logit arithmetic; None without any.
+    """
+
+    options: BackendOptions
+    attention: tuple[Pass, ...] = ()
+    pairs: Pairs | None = None
+
+
+def read_settings(vllm_config: Any) -> Settings:
+    """Return what ``vllm_config`` and the environment ask for.
+
+    ``additional_config = {"graphopt": {...}}`` takes the keys of
+    `graphopt.options.parse_options` and ``ensemble``, a file's path or its content.
+    Raises ConfigError, with the reason, for what cannot be used or cannot be had.
+    """
+    given = _given(vllm_config)
+    pairs = given.pop("ensemble", None)
+    given.setdefault("outline", False)  # layers differ by the names of their caches
+    options = parse_options(given)
+    passes = [p for p in options.config.pipeline if not _is_default(p)]
+    for item in passes:
+        _check(item, vllm_config)
+    over_graphs = tuple(p for p in passes if p.name not in ATTENTION)
+    config = PassConfig(over_graphs, options.config.origin)
+    return Settings(
+        replace(options, config=config),
+        tuple(p for p in passes if p.name in ATTENTION),
+        None if pairs is None else _pairs(pairs, vllm_config),
+    )
+
+
+def _given(vllm_config: Any) -> dict[str, Any]:
+    more = vllm_config.additional_config
+    found = more.get(KEY, {}) if isinstance(more, Mapping) else {}
+    if not isinstance(found, Mapping):
+        raise ConfigError(
+            f'additional_config["{KEY}"] is a table such as '
+            f'{{"config": "passes.toml"}}, not {found!r}'
+        )
+    given = dict(found)
+    for key, variable in (("config", CONFIG_VARIABLE), ("ensemble", PAIRS_VARIABLE)):
+        path = os.environ.get(variable)
+        if path and given.get(key) is not None:
+            raise ConfigError(
+                f'{variable} and additional_config["{KEY}"]["{key}"] both say what to '
+                "do; drop one of them"
+            )
+        if path:
+            given[key] = Path(path)
+    return given
+
+
+def _is_default(item: Pass) -> bool:
+    """Default passes serve graphs of whole models: masks, and rows that are known."""
+    return item.name in (*DEFAULT_FIRST, *DEFAULT_LAST) and not item.options()
+
+
+def _check(item: Pass, vllm_config: Any) -> None:
+    if reason := refusal(item):
+        raise ConfigError(f"vLLM: {item.name} cannot be had: {reason}")
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1 and getattr(item, "layers", None) is not None:
+        raise ConfigError(
+            f"vLLM: {item.name}: 'layers' counts from the first layer of each of the "
+            f"{stages} pipeline stages; leave it out, or use one stage"
+        )
+
+
+def _pairs(given: Any, vllm_config: Any) -> Pairs:
+    if vllm_config.speculative_config is not None:
+        raise ConfigError(
+            "vLLM: 'ensemble' and speculative decoding exclude one another: vLLM runs "
+            "no logits processors of others beside a draft model; drop one of them"
+        )
+    return read_pairs(given, vllm_config.model_config.model)
