@@ -36,6 +36,9 @@ class Lowering:
 
     def run(self) -> None:
         """Lower every operator that takes or gives a DTensor, in graph order."""
+        output = self.graph.find_nodes(op="output")[0]
+        if any(node in self.held for node in output.all_input_nodes):
+            raise PassError("the graph returns DTensors")
         todo = [n for n in self.graph.nodes if n.op != "output" and self._touches(n)]
         for node in todo:
             if node.op == "placeholder":
@@ -47,9 +50,6 @@ class Lowering:
                 self.held[new] = self.held[node]
             node.replace_all_uses_with(new)
             self.graph.erase_node(node)
-        output = self.graph.find_nodes(op="output")[0]
-        if any(node in self.held for node in output.all_input_nodes):
-            raise PassError("the graph returns DTensors")
 
     def _touches(self, node: fx.Node) -> bool:
         return node in self.held or any(n in self.held for n in node.all_input_nodes)
@@ -130,8 +130,7 @@ def _redistribute(lowering: Lowering, node: fx.Node) -> fx.Node | None:
         found: fx.Node = source
         return found
     if isinstance(before[0], Partial) and after == (Replicate(),):
-        # A sum only: a masked partial of a sharded embedding is a kind of its own.
-        if type(before[0]) is not Partial or before[0].reduce_op != "sum":
+        if before[0].reduce_op != "sum":
             return None
         group = lowering.held[source]._spec.mesh.get_group().group_name
         graph = lowering.graph
@@ -161,9 +160,38 @@ def _linear(lowering: Lowering, node: fx.Node) -> fx.Node | None:
     return call(lowering.graph, torch._C._nn.linear, args)
 
 
+def _embedding(lowering: Lowering, node: fx.Node) -> fx.Node | None:
+    """Of a vocabulary that is shared out a rank looks up its own ids, zeros for others.
+
+    torch's own way keeps the mask on an object that outlives the graph.
+    """
+    ids, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+    rows = (Shard(0),)
+    if lowering.placements(weight) != rows or lowering.placements(ids) != (
+        Replicate(),
+    ):
+        return None
+    spec = lowering.held[weight]._spec
+    count = int(value_of(weight).shape[0])
+    start = _compat.shard_offset(spec)
+    graph, aten = lowering.graph, torch.ops.aten
+    moved = call(graph, aten.sub.Scalar, (ids, start))
+    below = call(graph, aten.lt.Scalar, (moved, 0))
+    above = call(graph, aten.ge.Scalar, (moved, count))
+    others = call(graph, aten.logical_or.default, (below, above))
+    own = call(graph, aten.masked_fill.Scalar, (moved, others, 0))
+    found = call(graph, torch.nn.functional.embedding, (own, weight))
+    return call(
+        graph,
+        aten.masked_fill.Scalar,
+        (found, call(graph, aten.unsqueeze.default, (others, -1)), 0.0),
+    )
+
+
 _RULES: dict[str, _Rule] = {
     "to_local": _to_local,
     "from_local": _from_local,
     "redistribute": _redistribute,
     "linear": _linear,
+    "embedding": _embedding,
 }

@@ -152,6 +152,7 @@ class StagedModel:
         tie_sizes(gm)
         mark_stages(gm, self.stages, self._layers)
         report, _ = rewrite(gm, self.options)
+        report.remarks += [] if local.remark is None else [local.remark]
         self.reports.append(report)
         if self._check is not None:
             self._check(report)
