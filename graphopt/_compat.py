@@ -177,17 +177,21 @@ def fake_like(
 
 
 @contextmanager
-def trying_fakes() -> Iterator[None]:
-    """Keep torch from logging an error where an operator refuses fake tensors.
+def trying_fakes(mode: Any) -> Iterator[None]:
+    """Enter a fake mode in which an operator may refuse; calls are not remembered.
 
-    It logs a traceback before it raises; to a caller that tries sizes that is noise.
+    torch logs a traceback before it raises, which is noise to a caller that tries
+    sizes. And the mode's memory of calls, which runs a new call a second time to check
+    what it notes, costs more than it saves where calls hardly ever come again.
     """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
+    remembers, mode.cache_enabled = mode.cache_enabled, True
     try:
-        yield
+        with mode, torch.no_grad():
+            yield
     finally:
-        logger.disabled = before
+        logger.disabled, mode.cache_enabled = before, remembers
 
 
 def size_hint(value: Any) -> Any:
@@ -207,6 +211,15 @@ def process_group(name: str) -> Any:
 
     resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
     return resolve(name)
+
+
+def shard_offset(spec: Any) -> int:
+    """Return where this rank's part of a tensor begins, along the axis it is cut by."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    placements = spec.placements
+    _, start = compute_local_shape_and_global_offset(spec.shape, spec.mesh, placements)
+    return int(start[placements[0].dim])
 
 
 def is_fake(value: object) -> bool:

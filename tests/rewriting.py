@@ -53,6 +53,7 @@ def rewritten(
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         local = localise(gm, inputs)
         report, _ = rewrite(gm, parse_options({"config": config}))
+        report.remarks += [] if local.remark is None else [local.remark]
         if reports is not None:
             reports.append(report)
         compiled = host(gm, local.inputs)

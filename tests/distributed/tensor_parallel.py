@@ -89,6 +89,7 @@ def run(model: nn.Module, config: str, ids: torch.Tensor) -> dict[str, Any]:
         "collectives": watch.collectives,
         "applied": sum(r.kind == "applied" for r in remarks),
         "codes": sorted({r.code for r in remarks if r.kind in ("missed", "failure")}),
+        "local": sum(r.code == "local" for r in remarks),
         "said": sorted({str(r) for r in remarks if r.code in ("sharded", "undone")}),
     }
 
