@@ -186,7 +186,7 @@ def trying_fakes(mode: Any) -> Iterator[None]:
     """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
-    remembers, mode.cache_enabled = mode.cache_enabled, True
+    remembers, mode.cache_enabled = mode.cache_enabled, False
     try:
         with mode, torch.no_grad():
             yield

@@ -114,7 +114,7 @@ def _smaller(
     mode: Any = _compat.fake_mode_of(gm)
     args, kwargs = fx.map_arg((new.args, new.kwargs), value_of)
     try:
-        with _compat.trying_fakes(), mode, torch.no_grad():
+        with _compat.trying_fakes(mode):
             new.meta["example_value"] = apply(new, args, kwargs)
     except Exception as error:
         raise PassError(f"{node.name} cannot run on fewer neurons: {error}") from error

@@ -69,7 +69,7 @@ class FakeRuns:
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         try:
             watch = nullcontext() if is_own(node) else self._watch
-            with _compat.trying_fakes(), self._mode, torch.no_grad(), watch:
+            with _compat.trying_fakes(self._mode), watch:
                 if is_mutating(node):
                     return self._mutate(node, args, kwargs)
                 result = apply(node, args, kwargs)

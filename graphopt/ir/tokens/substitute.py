@@ -119,7 +119,7 @@ class _Edit:
         args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
         try:
             sizes = _compat.discarding_sizes(mode)
-            with _compat.trying_fakes(), sizes, mode, torch.no_grad():
+            with sizes, _compat.trying_fakes(mode):
                 node.meta["example_value"] = apply(node, args, kwargs)
         except Exception as error:
             raise PassError(f"{node.name} cannot be inferred: {error}") from error
