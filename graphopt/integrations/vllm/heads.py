@@ -13,9 +13,9 @@ from graphopt.passes.attention.sparse_attention import SparseAttention
 
 @dataclass(frozen=True)
 class LocalHeads:
-    """Heads ``first`` to ``first + count - 1`` of layer ``layer``; ``group`` share keys.
+    """Query heads ``first`` to ``first + count - 1`` of layer ``layer``.
 
-    ``limit`` is how many heads the whole layer has.
+    ``group`` of them share a head of keys.
     """
 
     layer: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,6 @@ from graphopt.integrations.vllm.heads import LocalHeads, Plan
 from graphopt.integrations.vllm.paged import attend, write
 from graphopt.integrations.vllm.settings import read_settings
 from graphopt.ops.pages import PAGE
-
-_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @dataclass
@@ -72,8 +70,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[Rows]):
 class SparseAttentionBackend(AttentionBackend):
     """What vLLM asks of a backend."""
 
-    supported_dtypes = _DTYPES
-    supported_kv_cache_dtypes = ["auto"]
+    supported_dtypes: ClassVar = [torch.float32, torch.bfloat16, torch.float16]
+    supported_kv_cache_dtypes: ClassVar = ["auto"]
     forward_includes_kv_cache_update = False
 
     @staticmethod
@@ -162,7 +160,7 @@ class SparseAttentionImpl(AttentionImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Write attention of query [N, Hq, D] to ``output`` [N, Hq, D] and return it."""
+        """Write attention of query [N, Hq, D] to ``output``, alike, and return it."""
         if attn_metadata is None:  # warming up
             return output
         rows, plan = attn_metadata, self._plan_of(layer)

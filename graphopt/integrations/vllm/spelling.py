@@ -109,26 +109,31 @@ def _raise_added_norm(gm: fx.GraphModule, node: fx.Node) -> None:
 def _norm(
     gm: fx.GraphModule, place: fx.Node, source: Any, weight: Any, eps: Any
 ) -> fx.Node:
-    width = (shape_of(source) or ())[-1]
+    width = int((shape_of(source) or ())[-1])
     with gm.graph.inserting_before(place):
         args = (source, (width,), weight, eps)
         return call(gm.graph, torch.nn.functional.rms_norm, args)
 
 
 def _mark(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Let what reads the output behind ``node`` read the mark."""
+    """Let what reads the output behind ``node`` read the mark.
+
+    The output is given as a view, and read through that view or another one.
+    """
     query, key, value, written = node.args[:4]
     if not all(isinstance(n, fx.Node) for n in (query, key, value)):
         return  # keys of an earlier layer
-    base: Any = written
-    while op_name(base) in ("reshape", "flatten"):
-        base = base.args[0]
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    later = [u for u in base.users if order[u] > order[node]]
-    with gm.graph.inserting_after(node):
-        mark = call(gm.graph, paged_attention, (base, query, key, value))
-    for user in later:
-        user.replace_input_with(base, mark)
+    views: list[Any] = [written]
+    while op_name(views[-1]) in ("reshape", "flatten"):
+        views.append(views[-1].args[0])
+    for view in views:
+        if later := [user for user in view.users if order[user] > order[node]]:
+            with gm.graph.inserting_after(node):
+                mark = call(gm.graph, paged_attention, (view, query, key, value))
+            for user in later:
+                user.replace_input_with(view, mark)
+            return
 
 
 def _name(gm: fx.GraphModule, linear: fx.Node, split_gates: bool) -> None:

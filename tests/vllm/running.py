@@ -1,0 +1,93 @@
+"""Start vLLM in processes of its own, with a time limit, and read what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+BACKEND = "graphopt.integrations.vllm.backend"
+LIMIT = 420  # seconds; starting takes 30 on an idle machine of two cores
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else one of two cores is left out
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def generate(
+    model: Path,
+    settings: Mapping[str, Any],
+    prompts: list[list[int]],
+    tokens: int,
+    extra_args: Mapping[str, Any] | None = None,
+    **llm: Any,
+) -> list[list[int]]:
+    """Return the tokens that vLLM generates greedily; AssertionError with its log."""
+    how = {
+        "model": str(model),
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 4,
+        "compilation_config": {"mode": 2, "backend": BACKEND},
+        "additional_config": {"graphopt": dict(settings)},
+        **llm,
+    }
+    job = {"llm": how, "prompts": prompts, "tokens": tokens, "extra_args": extra_args}
+    command = [sys.executable, "-m", "tests.vllm.offline"]
+    status, out = finished(command, json.dumps(job))
+    found = [line for line in out.splitlines() if line.startswith("TOKENS ")]
+    assert status == 0 and found, out[-6000:]
+    return json.loads(found[-1].removeprefix("TOKENS "))
+
+
+def finished(command: list[str], text: str) -> tuple[int, str]:
+    """Run ``command`` on ``text``; return its status and all that was printed.
+
+    All processes that it started end with it, also when the time is over.
+    """
+    with started(command) as process:
+        try:
+            out, _ = process.communicate(text, timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, _ = process.communicate()
+            raise AssertionError(f"over {LIMIT} s: {out[-6000:]}") from None
+        return process.returncode, out
+
+
+@contextmanager
+def started(command: list[str], **more: Any) -> Iterator[subprocess.Popen[str]]:
+    """Start ``command`` in a session of its own, and end all of it behind the block."""
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        **more,
+    }
+    environment = {**os.environ, **_ENVIRONMENT}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        start_new_session=True,
+        **pipes,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,97 @@
+"""What is asked of graphopt inside vLLM is checked before a model is built."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from graphopt.errors import ConfigError
+from graphopt.integrations.vllm.settings import read_settings
+
+
+def config(settings, stages=1, draft=None):
+    return SimpleNamespace(
+        additional_config={"graphopt": settings} if settings is not None else {},
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        speculative_config=draft,
+        model_config=SimpleNamespace(model="served"),
+    )
+
+
+def pair(**more):
+    member = {"model": "small", **more}
+    return {"pair": [{"tuned": member, "reference": {"model": "other"}}]}
+
+
+def test_nothing_is_asked_for_and_nothing_is_done():
+    found = read_settings(config(None))
+    assert not found.options.config.pipeline
+    assert not found.attention
+    assert found.pairs is None
+
+
+def test_passes_go_to_the_graph_and_to_attention():
+    text = "sparse-attention{window=64},shadow-outlier{activations=dynamic}"
+    found = read_settings(config({"config": text}))
+    assert [p.name for p in found.attention] == ["sparse-attention"]
+    assert [p.name for p in found.options.config.pipeline] == ["shadow-outlier"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("neuron-mask{method=core}", "keeps no state"),
+        ("neuron-mask", "keeps no state"),
+        ("token-drop", "cache blocks for all layers alike"),
+        ("chunked-prefill", "scheduler"),
+        ("packed-prefill", "no padding"),
+        ("page-selection", "one table of blocks"),
+        ("sparse-attention{pattern=vertical-slash}", "a chunk at a time"),
+        ("sparse-attention{pattern=antidiagonal}", "a chunk at a time"),
+        ("logit-arithmetic", "'ensemble'"),
+        ("skinny-linear{force=true}", "every number of rows"),
+    ],
+)
+def test_what_has_no_hook_is_refused_with_the_reason(text, reason):
+    with pytest.raises(ConfigError, match=reason):
+        read_settings(config({"config": text}))
+
+
+def test_graphopts_own_parser_checks_the_options():
+    with pytest.raises(ConfigError, match="did you mean 'neuron-mask'"):
+        read_settings(config({"config": "neuron-masc"}))
+    with pytest.raises(ConfigError, match="did you mean 'config'"):
+        read_settings(config({"confg": "neuron-mask"}))
+    with pytest.raises(ConfigError, match="is a table"):
+        read_settings(config("neuron-mask"))
+
+
+def test_layers_of_a_stage_are_not_those_of_the_model():
+    text = "weight-tying,sparse-attention{layers=[0]}"
+    assert read_settings(config({"config": text})).attention
+    with pytest.raises(ConfigError, match="pipeline stages"):
+        read_settings(config({"config": text}, stages=2))
+
+
+def test_a_file_is_named_by_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "passes.toml"
+    file.write_text('[[pass]]\nname = "weight-tying"\nstages = [2]\n')
+    monkeypatch.setenv("GRAPHOPT_CONFIG", str(file))
+    found = read_settings(config(None))
+    assert [p.name for p in found.options.config.pipeline] == ["weight-tying"]
+    with pytest.raises(ConfigError, match="both say"):
+        read_settings(config({"config": "weight-tying"}))
+
+
+def test_pairs_are_checked():
+    found = read_settings(config({"ensemble": {**pair(), "beta": 2.0}}))
+    assert found.pairs is not None
+    assert found.pairs.config.beta == 2.0
+    assert found.pairs.weights.tolist() == [1.0]
+    with pytest.raises(ConfigError, match="prompts of members' own"):
+        read_settings(config({"ensemble": pair(chat=True)}))
+    with pytest.raises(ConfigError, match="'pair"):
+        read_settings(config({"ensemble": {"pair": []}}))
+    with pytest.raises(ConfigError, match="speculative"):
+        read_settings(config({"ensemble": pair()}, draft=object()))
