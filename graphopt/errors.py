@@ -26,6 +26,10 @@ class PassError(GraphoptError):
     """A pass that failed or broke the graph, raised in strict mode."""
 
 
+class RanksError(GraphoptError):
+    """Processes that hold one model together, and are lost or do not agree."""
+
+
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` or the allowed names, to end a message with."""
     names = sorted(allowed)

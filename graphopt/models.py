@@ -44,8 +44,11 @@ class LoadedModel:
     name: str
 
 
-def load(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load(model: str, dtype: torch.dtype = torch.float32, ranks: int = 1) -> LoadedModel:
     """Load ``model``: an alias, a directory, a GGUF file or a hub id.
+
+    With ``ranks`` this process is one of so many and gets its part of the model, which
+    transformers shares out (tensor parallelism).
 
     A GGUF file is converted to safetensors in the cache directory once; later loads
     read that copy. HF_HUB_OFFLINE is respected. Raises ModelError for a model that is
@@ -53,9 +56,26 @@ def load(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """
     name = _loadable(model)
     with _quiet(), _explained(model):
-        module = _model_class(name).from_pretrained(name, dtype=dtype).eval()
+        options = {"dtype": dtype, **_shared_out(ranks)}
+        module = _model_class(name).from_pretrained(name, **options).eval()
     _refuse_nan(module, model)
     return LoadedModel(module, _tokenizer(name), model)
+
+
+def _shared_out(ranks: int) -> dict[str, Any]:
+    if ranks == 1:
+        return {}
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(tp_size=ranks, tp_plan="auto")}
+
+
+def load_config(model: str) -> Any:
+    """Load the configuration of ``model`` alone."""
+    from transformers import AutoConfig
+
+    with _quiet(), _explained(model):
+        return AutoConfig.from_pretrained(_loadable(model))
 
 
 def load_tokenizer(model: str) -> Any:
@@ -217,9 +237,11 @@ def _not_found(model: str) -> str:
 
 def _refuse_nan(module: torch.nn.Module, model: str) -> None:
     """Raise ModelError on NaN; a sum is one cheap pass, and keeps any NaN."""
-    for name, weight in module.named_parameters():
+    for name, parameter in module.named_parameters():
+        weight: torch.Tensor = parameter
         if not weight.is_floating_point() or weight.is_meta:
             continue
+        weight = getattr(weight, "_local_tensor", weight)  # of one rank of several
         if weight.detach().sum(dtype=torch.float32).isnan() and weight.isnan().any():
             count = int(weight.isnan().sum())
             raise ModelError(

@@ -11,6 +11,7 @@ import typer
 from graphopt.cli.arguments import Config, Dtype, Json, Model, dtype_of
 from graphopt.cli.ensemble import EnsembleJob, measure_ensemble, sides
 from graphopt.cli.output import print_json, print_table, progress, stdout
+from graphopt.cli.split import Split, measure_split
 from graphopt.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -42,6 +43,15 @@ def run(
         float, typer.Option(min=0, max=1, help="Exit 1 below this top-1 agreement.")
     ] = 0.0,
     dtype: Dtype = "float32",
+    tp: Annotated[
+        int, typer.Option(min=1, help="Ranks that share out each layer (torchrun).")
+    ] = 1,
+    pp: Annotated[
+        int, typer.Option(min=1, help="Stages of layers, one a rank (torchrun).")
+    ] = 1,
+    rank_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that ranks wait for one another.")
+    ] = 600.0,
     as_json: Json = False,
 ) -> None:
     """Generate greedily from a prompt and say how fast, with what memory.
@@ -50,10 +60,17 @@ def run(
     compilation. Agreement is over the next-token distributions along the tokens of the
     first backend compared.
 
+    With --tp or --pp torchrun starts the processes, which hold the model together; each
+    side then runs in all of them, one after the other, and rank 0 prints.
+
     Example: graphopt run smollm2 --prompt "Why is the sky blue?" --compare inductor
 
     Example: graphopt run --ensemble ensemble.toml --prompt "2 + 2 =" --compare base
+
+    Example: torchrun --nproc-per-node 2 -m graphopt run ./model --tp 2 --prompt "Hi"
     """
+    split = Split(tp, pp, rank_timeout)
+    split.check(ensemble=bool(ensemble), stdin=prompt_file == "-")
     if bool(model) == bool(ensemble):
         raise ConfigError("give either MODEL or --ensemble")
     if ensemble and raw:
@@ -64,10 +81,16 @@ def run(
     if ensemble:
         job = EnsembleJob("", ensemble, text, max_new_tokens, config, dtype)
         outcomes = measure_ensemble(job, others)
+    elif split.ranks > 1:
+        outcomes = measure_split(
+            split, model, config, text, max_new_tokens, others, raw, dtype
+        )
     else:
         outcomes = measure(model, config, text, max_new_tokens, others, raw, dtype)
     rows = [row(outcomes[0], o) for o in outcomes]
-    if as_json:
+    if not split.prints:
+        pass
+    elif as_json:
         print_json({"results": rows, "remarks": remark_counts(outcomes)})
     else:
         print_outcomes(outcomes, rows)
@@ -118,7 +141,7 @@ def measure(
 
     load_config(config)
     with progress(f"reading {model}'s tokenizer"):
-        prompt = _tokens(model, text, raw)
+        prompt = prompt_tokens(model, text, raw)
     outcomes: list[Outcome] = []
     for backend in [*others, "graphopt"]:
         job = Job(backend, model, prompt, max_new_tokens, config, dtype)
@@ -128,7 +151,8 @@ def measure(
     return outcomes
 
 
-def _tokens(model: str, text: str, raw: bool) -> tuple[int, ...]:
+def prompt_tokens(model: str, text: str, raw: bool) -> tuple[int, ...]:
+    """Return the ids of ``text``, in the model's chat template unless ``raw``."""
     from graphopt.models import load_tokenizer
 
     tokenizer = load_tokenizer(model)

@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graphopt.errors import GraphoptError, ModelError
 from graphopt.memory import peak_mb, reset_peak
+
+if TYPE_CHECKING:
+    from graphopt.models import LoadedModel
 
 BACKENDS = ("graphopt", "inductor", "eager")
 
@@ -82,12 +85,21 @@ def _run(job: Job, forced: list[int]) -> Outcome:
 def _measure(job: Job, forced: list[int]) -> Outcome:
     from graphopt.models import load
 
-    loaded = load(job.model, getattr(torch, job.dtype))
+    return measure_loaded(job, forced, load(job.model, getattr(torch, job.dtype)))
+
+
+def measure_loaded(job: Job, forced: Sequence[int], loaded: LoadedModel) -> Outcome:
+    """Run ``job`` with a model that is loaded, or this rank's part of one.
+
+    With ``forced`` tokens the logits follow these and not the ones generated.
+    """
     if loaded.tokenizer is None or not loaded.model.can_generate():  # type: ignore[operator]
         raise ModelError(f"{job.model}: not a language model with a tokenizer")
     use_backend(loaded.model, job.backend, job.config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, outcome = loaded.model.to(device), Outcome(job.backend)
+    sharded = any(hasattr(p, "placements") for p in loaded.model.parameters())
+    model: Any = loaded.model if sharded else loaded.model.to(device)
+    outcome = Outcome(job.backend)
     prompt = torch.tensor([job.prompt], device=device)
     with torch.no_grad():
         start = time.perf_counter()
