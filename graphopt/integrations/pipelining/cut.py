@@ -102,7 +102,8 @@ def _part(gm: fx.GraphModule, members: Members, stage: int) -> Part:
     nodes = members.nodes(stage)
     received = members.crossing(stage - 1) if stage else []
     sent = members.crossing(stage) if stage < members.stages - 1 else []
-    graph, mapping = fx.Graph(), {}
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
     places = _copy_inputs(gm, nodes, graph, mapping)
     for node in received:
         _check_sent(node)

@@ -22,7 +22,7 @@ from graphopt.integrations.pipelining.staged import StagedModel
 from graphopt.ops.pages import PAGE, pages_of
 from graphopt.report import CompileReport
 from graphopt.runtime.engine.batch import Piece
-from graphopt.runtime.engine.compiled import _flat, _layer_shapes, _Step
+from graphopt.runtime.engine.compiled import Step, laid_flat, layer_shapes
 from graphopt.runtime.engine.ragged_cache import RaggedCache
 
 _TRACED = 7  # tokens of the call that is captured: a size of nothing else
@@ -66,11 +66,11 @@ class RaggedPipeline:
         text = "" if config is None else load_config(config).text()
         options = {"config": ",".join(filter(None, ("ragged-batch", text)))}
         own = range(rank, stages, ranks)
-        self.staged = StagedModel(_Step(model), stages, own, options, host, self._check)
+        self.staged = StagedModel(Step(model), stages, own, options, host, self._check)
         weight = next(model.parameters())
         self._device = weight.device
         row_pages = min(pages, pages_of(max_length)) if max_length else pages
-        shapes = _layer_shapes(model)
+        shapes = layer_shapes(model)
         self.caches = {
             stage: RaggedCache(
                 shapes, pages, self.rows, row_pages, weight.dtype, weight.device
@@ -153,7 +153,7 @@ class _RaggedCall:
         device: torch.device,
     ) -> _RaggedCall:
         """Lay the pieces one behind the other, padded to ``tokens`` and ``rows``."""
-        ids, positions, last = _flat(pieces)
+        ids, positions, last = laid_flat(pieces)
         padded = (
             torch.tensor(values + [0] * (size - len(values)), device=device)
             for values, size in ((ids, tokens), (positions, tokens), (last, rows))

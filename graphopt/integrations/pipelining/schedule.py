@@ -108,7 +108,7 @@ class Pipeline:
 
     def _schedule(self, bucket: Hashable, calls: int) -> Any:
         if (bucket, calls) not in self._schedules:
-            stages = [self._stage(bucket, stage) for stage in self.model.own]
+            stages: list[Any] = [self._stage(bucket, s) for s in self.model.own]
             if self._per_rank == 1:
                 made: Any = ScheduleGPipe(stages[0], calls)
             else:

@@ -14,6 +14,7 @@ from graphopt import _compat
 from graphopt.backend import rewrite
 from graphopt.distributed import localise
 from graphopt.errors import GraphoptError
+from graphopt.integrations.pipelining.caches import give_up
 from graphopt.integrations.pipelining.cut import Part, cut, mark_stages
 from graphopt.integrations.pipelining.sizes import Sizes, TensorLike
 from graphopt.ir.constants import fold_float_attributes
@@ -84,7 +85,13 @@ class _Program:
     run: dict[int, Callable[..., Sequence[Any]]]
     sizes: Sizes
     outputs: list[Any]
-    reads: set[int] = field(default_factory=set)
+    reads: set[int]
+    parameters: dict[int, Tensor] = field(default_factory=dict)
+
+    def note(self, arguments: Sequence[Any]) -> None:
+        """Remember the parameters among the arguments of a call."""
+        found = {i: x for i, x in enumerate(arguments) if isinstance(x, nn.Parameter)}
+        self.parameters.update(found)
 
 
 class StagedModel:
@@ -134,6 +141,18 @@ class StagedModel:
             return found.probe
         raise AssertionError("the call was not compiled")
 
+    def release(self) -> int:
+        """Free the weights that no stage of this process reads; return the bytes.
+
+        To be called when everything is compiled: a pass that reads the values of
+        weights reads those of all layers.
+        """
+        known = [(p, i, x) for p in self._programs for i, x in p.parameters.items()]
+        read = [x for program, place, x in known if place in program.reads]
+        kept = {_local(x).untyped_storage().data_ptr() for x in read}
+        found = (_local(x) for _, _, x in known)
+        return give_up([x for x in found if x.untyped_storage().data_ptr() not in kept])
+
     @torch.no_grad()
     def _enter(self, *args: Any, **kwargs: Any) -> Any:
         limit = torch._dynamo.config.patch(recompile_limit=64)
@@ -157,12 +176,18 @@ class StagedModel:
         if self._check is not None:
             self._check(report)
         parts = cut(gm, self.stages)
-        run = {s: self._host(parts[s].module, self.options) for s in self.own}
+        code = {s: self._host(parts[s].module, self.options) for s in self.own}
         outputs = list(gm.graph.output_node().all_input_nodes)
         reads = {place for stage in self.own for place in parts[stage].inputs}
-        program = _Program(parts, run, Sizes(gm), outputs, reads)
+        program = _Program(parts, code, Sizes(gm), outputs, reads)
         self._programs.append(program)
-        return lambda *given: self._run(program, local.arguments(given))
+
+        def run(*given: Any) -> tuple[Any, ...]:
+            if not program.parameters:
+                program.note(given)
+            return self._run(program, local.arguments(given))
+
+        return run
 
     def _run(self, program: _Program, arguments: Sequence[Any]) -> tuple[Any, ...]:
         link = self._link
@@ -175,6 +200,12 @@ class StagedModel:
         link.sent = tuple(x.contiguous() for x in found[:count])
         own = found[count:]
         return tuple(None if place is None else own[place] for place in part.results)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """Return this rank's part of a sharded parameter."""
+    part: Tensor = getattr(parameter, "_local_tensor", parameter)
+    return part
 
 
 def _probe(program: _Program, arguments: Sequence[Any]) -> Probe:

@@ -47,13 +47,13 @@ class CompiledExecutor:
         row_pages = min(pages, pages_of(max_length)) if max_length else pages
         weight = next(model.parameters())
         self.cache = RaggedCache(
-            _layer_shapes(model), pages, rows, row_pages, weight.dtype, weight.device
+            layer_shapes(model), pages, rows, row_pages, weight.dtype, weight.device
         )
         self._device = weight.device
         text = "" if config is None else load_config(config).text()
         self._options = {"config": ",".join(filter(None, ("ragged-batch", text)))}
         self._forward: Any = torch.compile(
-            _Step(model), backend=self._backend, dynamic=True, fullgraph=True
+            Step(model), backend=self._backend, dynamic=True, fullgraph=True
         )
         self.report: CompileReport | None = None
         self._compile()
@@ -84,7 +84,7 @@ class CompiledExecutor:
         if len(pieces) > self.rows:
             raise ValueError(f"{len(pieces)} requests in a step of {self.rows} rows")
         self.cache.place(pieces)
-        ids, positions, last = _flat(pieces)
+        ids, positions, last = laid_flat(pieces)
         samples = len(last)
         last += [0] * (_LEAST - samples)
         ids, positions = (x + [0] * (_LEAST - len(x)) for x in (ids, positions))
@@ -102,7 +102,7 @@ def lowered(
     return compiled, last_reports()[-1]
 
 
-class _Step(nn.Module):
+class Step(nn.Module):
     """The model as a step calls it; compiled apart from its own forward."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -124,7 +124,7 @@ class _Step(nn.Module):
         return logits
 
 
-def _flat(pieces: Sequence[Piece]) -> tuple[list[int], list[int], list[int]]:
+def laid_flat(pieces: Sequence[Piece]) -> tuple[list[int], list[int], list[int]]:
     """Return tokens and positions of the row, and where tokens that sample are."""
     ids: list[int] = []
     positions: list[int] = []
@@ -138,7 +138,7 @@ def _flat(pieces: Sequence[Piece]) -> tuple[list[int], list[int], list[int]]:
 
 
 @torch.no_grad()
-def _layer_shapes(model: nn.Module) -> list[LayerShape]:
+def layer_shapes(model: nn.Module) -> list[LayerShape]:
     """Return what each layer keeps of a token, from a run on two."""
     device = next(model.parameters()).device
     cache = DynamicCache()
