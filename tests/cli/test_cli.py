@@ -9,14 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.running import graphopt
 from tests.models import TINY
 
 CONFIG = "sparse-attention{sink=4,window=8,force=true}"
-
-
-def graphopt(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "graphopt", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +26,14 @@ def facts(*arguments: str | Path):
     result = graphopt(*arguments, "--json")
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
+
+
+def test_a_process_of_its_own():
+    command = [sys.executable, "-m", "graphopt", "explain", "smolm2"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "smollm2" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_help_has_an_example():

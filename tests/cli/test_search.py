@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
+from tests.cli.running import graphopt
 from tests.models import TINY
 
 
 def search(*arguments):
-    command = [sys.executable, "-m", "graphopt", "search", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return graphopt("search", *arguments)
 
 
 @pytest.fixture(scope="module")
