@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ TASK = (
 _APART = ("site-packages", "test", "tests", "lib2to3", "idlelib", "pydoc_data")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _SHORTEST = 80  # characters of a docstring that says more than a name does
+_SHORT = 40  # characters of a paragraph that may be said twice
 VOCABULARY = 256
 _BLOCK = 1024  # bytes that are held out, or not, together
 _EVERY = 8  # of so many blocks one is for validation, one for the test
@@ -42,11 +43,27 @@ class Text:
 
 def texts() -> dict[str, Text]:
     """Return ``general`` and ``task``; each tensor is int64 [N]."""
-    parts: dict[str, list[str]] = {"general": [], "task": []}
-    for name, text in sorted(reference_topics().items()):
-        parts["task" if name in TASK else "general"].append(text.strip())
-    parts["general"] += dict.fromkeys(_docstrings())  # each once
-    return {name: _split("\n\n".join(found)) for name, found in parts.items()}
+    topics = sorted(reference_topics().items())
+    task = [text for name, text in topics if name in TASK]
+    general = [text for name, text in topics if name not in TASK]
+    seen: set[str] = set()  # the task comes first: what it says is said nowhere else
+    parts = {"task": task, "general": [*general, *_docstrings()]}
+    return {name: _split(_once(found, seen)) for name, found in parts.items()}
+
+
+def _once(parts: Iterable[str], seen: set[str]) -> str:
+    """Return the paragraphs that are not in ``seen``, and put them there.
+
+    Topics and docstrings quote one another; what is quoted would be trained on in one
+    place and judged in another. How a paragraph is wrapped or indented does not matter.
+    """
+    kept = []
+    for paragraph in (p for part in parts for p in part.strip("\n").split("\n\n")):
+        key = " ".join(paragraph.split())
+        if len(key) < _SHORT or key not in seen:
+            kept.append(paragraph)
+            seen.add(key)
+    return "\n\n".join(kept)
 
 
 def _docstrings() -> Iterator[str]:
