@@ -1,6 +1,5 @@
 # Every target does its own set-up; stamps inside the environment make it idempotent.
-# Variables: PYTHON (an interpreter >= 3.11), VENV (the environment's folder),
-# VLLM_VENV (that of vLLM),
+# Variables: PYTHON (an interpreter >= 3.11), VENV (the environment's folder), VLLM_VENV,
 # WORKERS (test processes), PYTEST_ARGS, QUICK=1 (short benchmarks), NAME (one of them).
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
@@ -70,7 +69,7 @@ $(VLLM_VENV)/.stamps/vllm: pyproject.toml
 
 # Each test starts servers and workers of vLLM, one at a time.
 test-vllm: $(VLLM_VENV)/.stamps/vllm
-	$(VLLM) -m pytest tests/vllm $(PYTEST_ARGS)
+	$(VLLM) -m pytest tests/vllm tests/integrations --timeout 1000 $(PYTEST_ARGS)
 
 demo: setup
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)

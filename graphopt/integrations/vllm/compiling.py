@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from graphopt._compat import fake_mode_of
 from graphopt.backend import Compiled, compile_rewritten, rewrite
 from graphopt.errors import ConfigError, PassError
 from graphopt.integrations.vllm.settings import Settings, read_settings
@@ -44,11 +45,23 @@ def compile_graph(
     """
     pipeline = settings.options.config.pipeline
     raise_ops(gm, split_gates=any(_masks_gates(item) for item in pipeline))
+    known = _guards(gm)
     report, original = rewrite(gm, settings.options)
+    if new := _guards(gm)[len(known) :]:
+        raise PassError(
+            f"vLLM: passes rely on sizes ({', '.join(new)}), and one compiled graph "
+            "serves all of them: vLLM drops guards"
+        )
     lower(gm)
     gm.recompile()
     _check(report.records)
     return compile_rewritten(gm, inputs, settings.options, report, original)
+
+
+def _guards(gm: fx.GraphModule) -> list[str]:
+    """Return what is assumed of sizes so far."""
+    env = getattr(fake_mode_of(gm), "shape_env", None)
+    return [str(guard.expr) for guard in env.guards] if env is not None else []
 
 
 def _check(records: list[PassRecord]) -> None:

@@ -48,6 +48,12 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[Rows]):
 
     reorder_batch_threshold = 1  # vLLM then puts decodes first
 
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any
+    ) -> None:
+        """Arguments are vLLM's."""
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
     def build(
         self,
         common_prefix_len: int,

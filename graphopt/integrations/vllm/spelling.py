@@ -54,9 +54,9 @@ class PagedSite(AttentionSite):
 def match_paged(node: fx.Node) -> AttentionSite:
     """Return the site of a mark."""
     _, query, key, value = node.args
+    given: Any = {"index": 0, "node": node, "query": query, "key": key, "value": value}
     why = "vLLM attends over its paged cache"
-    args: Any = (0, node, query, key, value, "paged", "causal")
-    return PagedSite(*args, unsupported=why)
+    return PagedSite(**given, form="paged", pattern="causal", unsupported=why)
 
 
 def raise_ops(gm: fx.GraphModule, split_gates: bool = False) -> None:
@@ -170,12 +170,12 @@ def _split(
     parts = (slice(None, rows), slice(rows, None))
     for half, part, own in zip(halves, parts, ("gate_proj", _UP), strict=True):
         with gm.graph.inserting_before(linear):
-            taken = [
-                x if x is None else call(gm.graph, operator.getitem, (x, part))
-                for x in (weight, bias)
-            ]
-            taken[0].meta[NAME] = name.replace("gate_up_proj", own)
-            args = (source, *taken)
+            taken = call(gm.graph, operator.getitem, (weight, part))
+            taken.meta[NAME] = name.replace("gate_up_proj", own)
+            shift: Any = bias
+            if shift is not None:
+                shift = call(gm.graph, operator.getitem, (shift, part))
+            args = (source, taken, shift)
             node = call(gm.graph, torch.nn.functional.linear, args)
         half.replace_all_uses_with(node)
         gm.graph.erase_node(half)
