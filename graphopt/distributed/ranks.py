@@ -43,6 +43,8 @@ class Ranks:
         mine: Any
         try:
             mine = dict(prepare())
+        except RanksError:
+            raise  # there is no one left to tell
         except GraphoptError as error:
             mine = error
         with self.watching():
