@@ -7,7 +7,7 @@ import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import import_module
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from graphopt.cli.output import progress
@@ -79,6 +79,10 @@ def measure_split(
     from graphopt.cli.side import Job
     from graphopt.distributed.ranks import joined
 
+    if split.pp > 1 and others:
+        raise ConfigError(
+            "--compare: stages run graphopt alone; leave it out with --pp"
+        )
     job = Job("graphopt", model, (), max_new_tokens, config, dtype)
     with joined(split.limit) as ranks:
         found = ranks.agreed(lambda: _asked(split, job, text, others, raw))
@@ -129,8 +133,16 @@ def _check_heads(config: Any, tp: int) -> None:
 
 
 def _side(ranks: Ranks, split: Split, job: Job, forced: list[int]) -> Outcome:
-    if split.pp > 1:
-        return _pipelined(split, job)
+    run = _pipelined if split.pp > 1 else partial(_shared_out, ranks)
+    outcome = run(split, job, forced)
+    found = ranks.gather(lambda: {"peak": outcome.peak_mb, "tokens": outcome.tokens})
+    if any(said["tokens"] != outcome.tokens for said in found):
+        raise RanksError("the ranks wrote different tokens: their results differ")
+    outcome.peak_mb = max(said["peak"] for said in found)
+    return outcome
+
+
+def _shared_out(ranks: Ranks, split: Split, job: Job, forced: list[int]) -> Outcome:
     import torch
 
     from graphopt.cli.side import measure_loaded
@@ -145,24 +157,27 @@ def _side(ranks: Ranks, split: Split, job: Job, forced: list[int]) -> Outcome:
         return of_weights(loaded[0].model)
 
     ranks.agreed(load_part)
-    outcome = measure_loaded(job, forced, loaded[0])
-    found = ranks.gather(lambda: {"peak": outcome.peak_mb, "tokens": outcome.tokens})
-    if any(said["tokens"] != outcome.tokens for said in found):
-        raise RanksError("the ranks wrote different tokens: their results differ")
-    outcome.peak_mb = max(said["peak"] for said in found)
-    return outcome
+    return measure_loaded(job, forced, loaded[0])
 
 
-def _pipelined(split: Split, job: Job) -> Outcome:
-    try:
-        stages = import_module("graphopt.integrations.pipelining.run")
-    except ImportError as error:
-        raise ConfigError(
-            f"--pp {split.pp}: this installation has no pipeline stages ({error}); "
-            "use --tp alone"
-        ) from None
-    prompt, steps = list(job.prompt), job.max_new_tokens
-    found: Outcome = stages.generate(
-        job.model, job.config, prompt, steps, split.tp, split.pp
+def _pipelined(split: Split, job: Job, forced: list[int]) -> Outcome:
+    from graphopt.cli.side import Outcome
+    from graphopt.integrations.pipelining.run import generate
+    from graphopt.memory import peak_mb
+
+    asked = (job.model, job.config, job.prompt, job.max_new_tokens)
+    found = generate(*asked, split.tp, split.pp, forced=forced, dtype=job.dtype)
+    folders = [r.directory for r in found.reports if r.directory is not None]
+    return Outcome(
+        job.backend,
+        found.tokens,
+        found.text,
+        found.prefill_seconds,
+        max(len(found.tokens) - 1, 0) / max(found.decode_seconds, 1e-9),
+        found.compile_seconds,
+        peak_mb(),
+        found.utilisation,
+        None if found.logits is None else found.logits.numpy(),
+        [report.as_dict() for report in found.reports],
+        [str(folder) for folder in folders],
     )
-    return found
