@@ -68,8 +68,10 @@ def test_graphopts_own_parser_checks_the_options():
 
 
 def test_layers_of_a_stage_are_not_those_of_the_model():
-    text = "weight-tying,sparse-attention{layers=[0]}"
-    assert read_settings(config({"config": text})).attention
+    seen = "weight-tying,sparse-attention{layers=[0]}"  # cache layers have their names
+    assert read_settings(config({"config": seen}, stages=2)).attention
+    text = "shadow-outlier{activations=dynamic,layers=[0]}"
+    assert read_settings(config({"config": text})).options.config.pipeline
     with pytest.raises(ConfigError, match="pipeline stages"):
         read_settings(config({"config": text}, stages=2))
 

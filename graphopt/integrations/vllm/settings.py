@@ -85,7 +85,8 @@ def _check(item: Pass, vllm_config: Any) -> None:
     if reason := refusal(item):
         raise ConfigError(f"vLLM: {item.name} cannot be had: {reason}")
     stages = vllm_config.parallel_config.pipeline_parallel_size
-    if stages > 1 and getattr(item, "layers", None) is not None:
+    local = item.name not in ATTENTION and getattr(item, "layers", None) is not None
+    if stages > 1 and local:
         raise ConfigError(
             f"vLLM: {item.name}: 'layers' counts from the first layer of each of the "
             f"{stages} pipeline stages; leave it out, or use one stage"
