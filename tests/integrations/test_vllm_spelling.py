@@ -218,6 +218,37 @@ def test_marks_leave_nothing_behind(model):
     assert "paged_attention" not in names
 
 
+class Stage(nn.Module):
+    """Layers of a pipeline stage, with the two values that go between stages."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x, residual=None):
+        for layer in self.layers:
+            x, residual = layer(x, residual)
+        return x, residual
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["first", "middle"])
+def test_a_stage_ends_where_the_next_one_adds(model, first):
+    stage = Stage(model.layers[first:])
+    given = [torch.randn(6, H) for _ in range(1 + first)]
+    expected, found = stage(*given), []
+
+    def change(gm):
+        raise_ops(gm)
+        found.extend(ModelGraph(gm).layers)
+        lower(gm)
+
+    compiled, _ = captured(stage, change)
+    torch.testing.assert_close(compiled(*given), expected)
+    assert len(found) == 2 - first
+    assert [len(layer.linears) for layer in found] == [4] * len(found)
+    assert [len(layer.residual_adds) for layer in found] == [2] * len(found)
+
+
 @pytest.fixture
 def thresholds(model, tmp_path):
     """Return the path of a calibration by vLLM's parts, of what the model computes."""

@@ -4,6 +4,8 @@
 - ``vllm.unified_attention_with_output``, which writes to a tensor: marked by a node
   that hands on what was written, so that values can be followed through it; `lower`
   takes the marks away.
+- A pipeline stage that hands on the residual stream and what is to be added to it: the
+  sum is handed on in place of the second, and `lower` parts them again.
 - Merged projections (gate and up, queries, keys and values): named after their first
   part, whose input is that of all; gate and up are taken apart on demand.
 What is not recognised stays as it is.
@@ -27,6 +29,7 @@ _MARK = "paged_attention"
 # Merged parameters, and the first of their parts.
 _MERGED = {"gate_up_proj": "gate_proj", "qkv_proj": "q_proj"}
 _UP = "up_proj"
+_HANDED_ON = "graphopt_handed_on"  # on the sum of a stage's two results
 
 
 def paged_attention(
@@ -72,15 +75,34 @@ def raise_ops(gm: fx.GraphModule, split_gates: bool = False) -> None:
     for node in list(gm.graph.nodes):
         if is_linear(node):
             _name(gm, node, split_gates)
+    _add_handed_on(gm)
     gm.graph.lint()
 
 
 def lower(gm: fx.GraphModule) -> None:
-    """Take the marks of attention away."""
+    """Take away what was there for sites to be found: marks, and a stage's sum."""
+    results: Any = gm.graph.output_node().args[0]
+    for node in results:
+        if isinstance(node, fx.Node) and _HANDED_ON in node.meta:
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
     for node in list(gm.graph.nodes):
         if op_name(node) == _MARK:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
+
+
+def _add_handed_on(gm: fx.GraphModule) -> None:
+    """Let a stage's last layer end in its residual add, which the next stage makes."""
+    output = gm.graph.output_node()
+    results: Any = output.args[0]
+    shapes = [shape_of(r) if isinstance(r, fx.Node) else None for r in results]
+    if len(shapes) != 2 or shapes[0] is None or shapes[0] != shapes[1]:
+        return
+    with gm.graph.inserting_before(output):
+        total = call(gm.graph, operator.add, tuple(results))
+    total.meta[_HANDED_ON] = True
+    output.args = ((total, results[1]),)
 
 
 def _raise_norm(gm: fx.GraphModule, node: fx.Node) -> None:
