@@ -11,11 +11,11 @@ from tests.distributed.launch import launch
 
 SCRIPT = str(Path(__file__).parent / "pipelining.py")
 SPARSE = "sparse-attention{pattern=a-shape,sink=4,window=16,force=true}"
-NEURONS = "neuron-mask{keep=0.4,min_tokens=0,force=true}"
+NEURONS = "neuron-mask{keep=0.4,min_tokens=0,layers=[0,1],force=true}"
 
 
 def run(ranks=2, **job):
-    return launch(SCRIPT, json.dumps(job), ranks=ranks, limit=150)
+    return launch(SCRIPT, json.dumps(job), ranks=ranks, limit=240)
 
 
 def check_ragged(found, graphs=1):
