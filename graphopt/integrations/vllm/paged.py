@@ -56,20 +56,24 @@ def attend(
     """
     starts, past, table = which
     first, last = int(starts[0]), int(starts[-1])
-    heads = cache.shape[1]
-    tokens, group = last - first, query.shape[1] // heads
-    each = query[first:last].view(tokens, heads, group, -1).permute(2, 1, 0, 3)
-    lines = torch.arange(heads, dtype=torch.int32)[:, None]
-    # Rows are (head, request): the heads' tokens lie one behind the other.
-    begins = (starts[:-1] - first)[None] + lines * tokens
-    ends = begins.new_tensor([heads * tokens])
-    pages = table[None] * (2 * heads) + 2 * lines[..., None]
-    pool = blocks(cache).view(1, -1, PAGE, query.shape[-1])
+    heads, tokens, channels = cache.shape[1], last - first, query.shape[-1]
+    group = query.shape[1] // heads
+    asked, held = (
+        x[first:last].view(tokens, heads, group, channels) for x in (query, output)
+    )
+    pool = blocks(cache).view(1, -1, PAGE, channels)
     for sink, window, part in _alike(plan, heads, group):
+        lines = torch.tensor(part, dtype=torch.int32)[:, None]
+        # Rows are (head, request): the heads' tokens lie one behind the other.
+        places = torch.arange(len(part), dtype=torch.int32)[:, None]
+        begins = (starts[:-1] - first)[None] + places * tokens
+        ends = begins.new_tensor([len(part) * tokens])
+        pages = table[None] * (2 * heads) + 2 * lines[..., None]
+        lying = asked[:, part].permute(2, 1, 0, 3)
         found = torch.ops.graphopt.ragged_page_attention(
-            each.reshape(1, group, heads * tokens, -1),
+            lying.reshape(1, group, len(part) * tokens, channels),
             torch.cat((begins.flatten(), ends)),
-            past.repeat(heads),
+            past.repeat(len(part)),
             pages.flatten(0, 1),
             pool,
             pool[:, 1:],
@@ -81,9 +85,8 @@ def attend(
             scale,
             softcap,
         )
-        by_head = found.view(group, heads, tokens, -1).permute(2, 1, 0, 3)
-        held = output[first:last].view(tokens, heads, group, -1)
-        held[:, part] = by_head[:, part]
+        by_head = found.view(group, len(part), tokens, channels)
+        held[:, part] = by_head.permute(2, 1, 0, 3)
 
 
 def _alike(

@@ -84,7 +84,8 @@ def lower(gm: fx.GraphModule) -> None:
     results: Any = gm.graph.output_node().args[0]
     for node in results:
         if isinstance(node, fx.Node) and _HANDED_ON in node.meta:
-            node.replace_all_uses_with(node.args[0])
+            branch: Any = node.args[0]
+            node.replace_all_uses_with(branch)
             gm.graph.erase_node(node)
     for node in list(gm.graph.nodes):
         if op_name(node) == _MARK:
