@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from graphopt.errors import ConfigError
-from graphopt.integrations.vllm.settings import read_settings
+from graphopt.integrations.vllm.settings import BACKEND, check_backend, read_settings
 
 
 def config(settings, stages=1, draft=None):
@@ -84,6 +84,19 @@ def test_a_file_is_named_by_the_environment(tmp_path, monkeypatch):
     assert [p.name for p in found.options.config.pipeline] == ["weight-tying"]
     with pytest.raises(ConfigError, match="both say"):
         read_settings(config({"config": "weight-tying"}))
+
+
+@pytest.mark.parametrize(("mode", "backend"), [(0, BACKEND), (2, "inductor")])
+def test_passes_without_graphs_are_an_error(mode, backend):
+    given = config({"config": "weight-tying"})
+    given.compilation_config = SimpleNamespace(mode=mode, backend=backend)
+    with pytest.raises(ConfigError, match=r"hands over no graphs.*-cc\.mode=2"):
+        check_backend(read_settings(given), given)
+    given.compilation_config = SimpleNamespace(mode=2, backend=BACKEND)
+    check_backend(read_settings(given), given)
+    without = config({"config": "sparse-attention"})
+    without.compilation_config = SimpleNamespace(mode=0, backend="")
+    check_backend(read_settings(without), without)
 
 
 def test_pairs_are_checked():

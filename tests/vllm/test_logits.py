@@ -91,6 +91,7 @@ def test_the_second_runners_interface(folders, monkeypatch):
         additional_config={"graphopt": settings(folders, top_p=0.9, top_p_of="base")},
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         speculative_config=None,
+        compilation_config=SimpleNamespace(mode=0, backend=""),
         model_config=SimpleNamespace(model=str(folders[0]), dtype=torch.float32),
     )
     held = Held([[1], PROMPTS[1], PROMPTS[2]])
@@ -116,7 +117,11 @@ def test_the_second_runners_interface(folders, monkeypatch):
 def test_without_an_ensemble_nothing_changes(monkeypatch):
     from graphopt.integrations.vllm import eft
 
-    config = SimpleNamespace(additional_config={}, speculative_config=None)
+    config = SimpleNamespace(
+        additional_config={},
+        speculative_config=None,
+        compilation_config=SimpleNamespace(mode=0, backend=""),
+    )
     made = eft.LogitArithmeticProcessor(config, torch.device("cpu"), False)
     logits = torch.randn(2, 5)
     assert made.apply(logits) is logits

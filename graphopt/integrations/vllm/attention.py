@@ -29,10 +29,14 @@ def __getattr__(name: str) -> Any:
     from vllm.config import get_current_vllm_config_or_none
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    from graphopt.integrations.vllm.settings import read_settings
+    from graphopt.integrations.vllm.settings import check_backend, read_settings
 
     config = get_current_vllm_config_or_none()
-    if config is None or not read_settings(config).attention:
+    if config is None:
+        return CPUAttentionBackend
+    settings = read_settings(config)
+    check_backend(settings, config)
+    if not settings.attention:
         return CPUAttentionBackend
     from graphopt.integrations.vllm.sparse_cpu import SparseAttentionBackend
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import fx
@@ -16,6 +15,16 @@ from graphopt.integrations.vllm.spelling import lower, raise_ops
 from graphopt.pipeline import PassRecord
 
 Backend = Callable[[fx.GraphModule, list[Any]], Compiled]
+
+
+def check_platform(settings: Settings) -> None:
+    """Raise ConfigError for attention that the platform would not ask for."""
+    from vllm.platforms import current_platform
+
+    if settings.attention and not current_platform.is_cpu():
+        raise ConfigError(
+            "vLLM: sparse-attention is offered on CPUs alone so far; leave it out"
+        )
 
 
 def make_backend() -> Backend:
@@ -32,17 +41,24 @@ def make_backend() -> Backend:
             "give its name, -cc.mode=2 -cc.backend=graphopt.integrations.vllm.backend"
         )
     settings = read_settings(config)
+    check_platform(settings)
     _leave_weights(bool(settings.options.config.pipeline))
-    return partial(compile_graph, settings)
+
+    def graphopt(gm: fx.GraphModule, inputs: list[Any]) -> Compiled:
+        return compile_graph(settings, config, gm, inputs)
+
+    return graphopt
 
 
 def compile_graph(
-    settings: Settings, gm: fx.GraphModule, inputs: list[Any]
+    settings: Settings, vllm_config: Any, gm: fx.GraphModule, inputs: list[Any]
 ) -> Compiled:
     """Rewrite one graph of a worker and compile it.
 
     Raises PassError for a pass that was asked for and found nothing to do.
     """
+    if settings.attention:
+        _check_attention(vllm_config)
     pipeline = settings.options.config.pipeline
     raise_ops(gm, split_gates=any(_masks_gates(item) for item in pipeline))
     known = _guards(gm)
@@ -56,6 +72,17 @@ def compile_graph(
     gm.recompile()
     _check(report.records)
     return compile_rewritten(gm, inputs, settings.options, report, original)
+
+
+def _check_attention(vllm_config: Any) -> None:
+    from graphopt.integrations.vllm.sparse_cpu import sparse_layers
+
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if not sparse_layers(vllm_config) and stages == 1:
+        raise PassError(
+            "vLLM: sparse-attention found no layer: the model attends by another "
+            "backend (MLA, encoders), or the options leave every head dense"
+        )
 
 
 def _guards(gm: fx.GraphModule) -> list[str]:

@@ -17,7 +17,7 @@ from vllm.v1.sample.logits_processor import process_dict_updates
 
 from graphopt.errors import ConfigError, GraphoptError
 from graphopt.integrations.vllm.rows import Row, SmallModels
-from graphopt.integrations.vllm.settings import read_settings
+from graphopt.integrations.vllm.settings import check_backend, read_settings
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import (
@@ -40,7 +40,9 @@ class LogitArithmeticProcessor(RunnerV1, RunnerV2):
 
     def __init__(self, vllm_config: Any, *more: Any) -> None:
         """``more``: (device, is_pin_memory) of runner 1, (req_states,) of runner 2."""
-        pairs = read_settings(vllm_config).pairs
+        settings = read_settings(vllm_config)
+        check_backend(settings, vllm_config)
+        pairs = settings.pairs
         self._states = more[0] if len(more) == 1 else None
         self._models: SmallModels | None = None
         self._requests: dict[int, _Tokens] = {}

@@ -15,6 +15,7 @@ from graphopt.integrations.vllm.pairs import Pairs, read_pairs
 from graphopt.options import BackendOptions, parse_options
 from graphopt.passes.base import Pass
 
+BACKEND = "graphopt.integrations.vllm.backend"
 # The key of vLLM's additional_config, and the variables that name files instead.
 KEY = "graphopt"
 CONFIG_VARIABLE, PAIRS_VARIABLE = "GRAPHOPT_CONFIG", "GRAPHOPT_ENSEMBLE"
@@ -53,6 +54,18 @@ def read_settings(vllm_config: Any) -> Settings:
         tuple(p for p in passes if p.name in ATTENTION),
         None if pairs is None else _pairs(pairs, vllm_config),
     )
+
+
+def check_backend(settings: Settings, vllm_config: Any) -> None:
+    """Raise ConfigError where passes over graphs are asked for and none will come."""
+    compilation = vllm_config.compilation_config
+    comes = compilation.mode in (1, 2) and compilation.backend == BACKEND
+    if settings.options.config.pipeline and not comes:
+        names = ", ".join(p.name for p in settings.options.config.pipeline)
+        raise ConfigError(
+            f"vLLM: {names}: vLLM hands over no graphs; start it with -cc.mode=2 "
+            f"-cc.backend={BACKEND}, and without --enforce-eager"
+        )
 
 
 def _given(vllm_config: Any) -> dict[str, Any]:

@@ -139,7 +139,8 @@ class SparseAttentionImpl(AttentionImpl):
         self._items = read_settings(get_current_vllm_config()).attention
         self._plan: Plan | None = None
 
-    def _plan_of(self, layer: Attention) -> Plan:
+    def plan_of(self, layer: Attention) -> Plan:
+        """Return what the heads of ``layer`` on this rank see."""
         if self._plan is None:
             first = get_tensor_model_parallel_rank() * self.num_heads
             group = self.num_heads // self.num_kv_heads
@@ -169,7 +170,7 @@ class SparseAttentionImpl(AttentionImpl):
         """Write attention of query [N, Hq, D] to ``output``, alike, and return it."""
         if attn_metadata is None:  # warming up
             return output
-        rows, plan = attn_metadata, self._plan_of(layer)
+        rows, plan = attn_metadata, self.plan_of(layer)
         how = {"scale": self.scale, "softcap": self.softcap}
         cut = rows.decodes
         parts = ((0, cut, Plan("causal")), (cut, len(rows.past), plan))
@@ -179,3 +180,15 @@ class SparseAttentionImpl(AttentionImpl):
                 which = (starts, rows.past[first:last], rows.table[first:last])
                 attend(output, query, kv_cache, which, pattern, **how)
         return output
+
+
+def sparse_layers(vllm_config: Any) -> list[str]:
+    """Return the names of the layers in which some head does not see everything."""
+    layers = vllm_config.compilation_config.static_forward_context.items()
+    impls = ((name, x, getattr(x, "impl", None)) for name, x in layers)
+    return [
+        name
+        for name, layer, impl in impls
+        if isinstance(impl, SparseAttentionImpl)
+        and impl.plan_of(layer).pattern != "causal"
+    ]
