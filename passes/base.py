@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 # What a pass ranks, sums or measures to choose; a rank has a part of it only.
-Selects = Literal["nothing", "heads", "neurons", "durations"]
+Selects = Literal["nothing", "heads", "neurons", "weights", "durations"]
 
 
 def option(default: Any, help: str, unit: str = "") -> Any:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from graphopt import _compat
 from graphopt.errors import PassError
+from graphopt.ir.constants import is_parameter
 from graphopt.ir.match import argument, op_name, value_of
 from graphopt.ir.replace import call
 from graphopt.ir.sizes.fake_runs import apply
@@ -42,7 +43,7 @@ class Lowering:
         todo = [n for n in self.graph.nodes if n.op != "output" and self._touches(n)]
         for node in todo:
             if node.op == "placeholder":
-                node.meta["example_value"] = self.held[node]._local_tensor
+                node.meta["example_value"] = self._part(node)
                 continue
             with self.graph.inserting_before(node):
                 new = self._lowered(node)
@@ -50,6 +51,14 @@ class Lowering:
                 self.held[new] = self.held[node]
             node.replace_all_uses_with(new)
             self.graph.erase_node(node)
+
+    def _part(self, node: fx.Node) -> torch.Tensor:
+        """Return this rank's part of an input; of a parameter it is one."""
+        whole = self.held[node]
+        part: torch.Tensor = whole._local_tensor
+        if not is_parameter(node):
+            return part
+        return torch.nn.Parameter(part, requires_grad=whole.requires_grad)
 
     def _touches(self, node: fx.Node) -> bool:
         return node in self.held or any(n in self.held for n in node.all_input_nodes)
@@ -166,10 +175,9 @@ def _embedding(lowering: Lowering, node: fx.Node) -> fx.Node | None:
     torch's own way keeps the mask on an object that outlives the graph.
     """
     ids, weight = argument(node, 0, "input"), argument(node, 1, "weight")
-    rows = (Shard(0),)
-    if lowering.placements(weight) != rows or lowering.placements(ids) != (
-        Replicate(),
-    ):
+    spread = [lowering.placements(x) for x in (weight, ids)]
+    limited = argument(node, 3, "max_norm") is not None
+    if spread != [(Shard(0),), (Replicate(),)] or limited:
         return None
     spec = lowering.held[weight]._spec
     count = int(value_of(weight).shape[0])
@@ -181,11 +189,8 @@ def _embedding(lowering: Lowering, node: fx.Node) -> fx.Node | None:
     others = call(graph, aten.logical_or.default, (below, above))
     own = call(graph, aten.masked_fill.Scalar, (moved, others, 0))
     found = call(graph, torch.nn.functional.embedding, (own, weight))
-    return call(
-        graph,
-        aten.masked_fill.Scalar,
-        (found, call(graph, aten.unsqueeze.default, (others, -1)), 0.0),
-    )
+    rows = call(graph, aten.unsqueeze.default, (others, -1))
+    return call(graph, aten.masked_fill.Scalar, (found, rows, 0.0))
 
 
 _RULES: dict[str, _Rule] = {

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.sites.parameters import read_instead
-from graphopt.passes.base import Pass, PassContext, PassResult, option
+from graphopt.passes.base import Pass, PassContext, PassResult, Selects, option
 from graphopt.passes.weights.stages import (
     StackLayer,
     alike,
@@ -97,6 +97,11 @@ class WeightTying(Pass):
         if not self.stages:
             raise ValueError("stages is empty; give the layers of each, as [3, 3, 4]")
         return self
+
+    @property
+    def selects_over(self) -> Selects:
+        """Layers that are alike are told by all of their weights."""
+        return "weights" if isinstance(self.stages, str) else "nothing"
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Tie the layers of one stack."""

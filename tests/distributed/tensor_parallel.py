@@ -4,7 +4,8 @@ Arguments: the model's directory, how it is shared out (``transformers`` or ``to
 and a JSON list of pass configs. Rank 0 says what it found for each, compared with the
 whole model in one process under the same config. A config that starts with ``!`` runs
 without the sums that passes add, as a control; one that starts with ``aot:`` runs as
-Inductor would get it, the others operator by operator.
+Inductor would get it, the others operator by operator. One that starts with
+``generate:`` is compared over the tokens and logits of a greedy generation.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import fx, nn
+from transformers import DynamicCache
 
 from graphopt.ir.collectives import count_collectives
+from graphopt.runtime.cache import Cache, wanted_by
 from tests.distributed.launch import say
 from tests.rewriting import rewritten, traced
 
@@ -74,18 +77,42 @@ class Watch:
         return traced(gm, inputs) if self.lowered else gm
 
 
+def predict(model: Any, config: str, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Return the logits behind the prompt."""
+    return model(ids, use_cache=False, logits_to_keep=1).logits, None
+
+
+def generate(model: Any, config: str, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Return the logits [steps, V] and the tokens of a greedy generation of one row."""
+    asked = wanted_by(config)
+    cache = DynamicCache() if asked is None else Cache.from_config(config, model)
+    model.generation_config.eos_token_id = None
+    found = model.generate(
+        ids[:1, :40].contiguous(),
+        past_key_values=cache,
+        max_new_tokens=4,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return torch.cat(found.logits), found.sequences[0, 40:].tolist()
+
+
 def run(model: nn.Module, config: str, ids: torch.Tensor) -> dict[str, Any]:
     """Return the logits under ``config``, its graphs, collectives and remarks."""
     watch, reports = Watch(config.startswith("aot:")), []
-    config = config.removeprefix("aot:")
+    call = generate if config.startswith("generate:") else predict
+    config = config.removeprefix("aot:").removeprefix("generate:")
     broken, config = config.startswith("!"), config.removeprefix("!")
     control = mock.patch("graphopt.ir.shards.summed_behind", return_value=None)
     twin = rewritten(model, config, host=watch, reports=reports, copied=False)
     with torch.no_grad(), control if broken else nullcontext():
-        logits = twin(ids, use_cache=False, logits_to_keep=1).logits
+        logits, tokens = call(twin, config, ids)
     remarks = [r for report in reports for r in report.all_remarks()]
     return {
         "logits": logits,
+        "tokens": tokens,
         "collectives": watch.collectives,
         "applied": sum(r.kind == "applied" for r in remarks),
         "codes": sorted({r.code for r in remarks if r.kind in ("missed", "failure")}),
@@ -98,14 +125,16 @@ def main(path: str, how: str, configs: list[str]) -> None:
     """Compare every config with the whole model under it, and without."""
     ids = torch.randint(3, 99, (2, 150), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        plain = whole(path)(ids, use_cache=False, logits_to_keep=1).logits
+        plain = {call: call(whole(path), "", ids)[0] for call in (predict, generate)}
     model = shared(path, how)
     found = []
     for config in configs:
         ours = run(model, config, ids)
         if dist.get_rank() == 0:
             alone = run(whole(path), config, ids)
-            found.append(_compared(ours, alone, plain))
+            generates = config.startswith("generate:")
+            before = plain[generate if generates else predict]
+            found.append(_compared(ours, alone, before))
     say(found)
 
 
@@ -116,8 +145,8 @@ def _compared(
     logits = ours.pop("logits")
     difference = (logits - alone["logits"]).abs().max().item()
     effect = (logits - plain).abs().max().item()
-    same = alone["applied"]
-    return {**ours, "alone": same, "difference": difference, "effect": effect}
+    same = {"alone": alone["applied"], "tokens_alone": alone["tokens"]}
+    return {**ours, **same, "difference": difference, "effect": effect}
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.calibration.observed import observed
 from tests.distributed.launch import launch
-from tests.models import TINY
+from tests.models import TINY, token_ids
 
 SCRIPT = str(Path(__file__).parent / "tensor_parallel.py")
 SPARSE = (
@@ -18,6 +19,12 @@ SPARSE = (
 )
 WINDOW = "structured-mask,sparse-attention{sink=4,window=8,force=true}"
 TOKENS = "token-drop{schedule=[{layer=0,keep=0.5}]}"
+TIED = "weight-tying{stages=[2]}"
+RETURNING = (
+    "generate:structured-mask,token-drop{revive=true,schedule=[{layer=0,keep=0.5}]}"
+)
+PAGES = "generate:page-selection{budget=128}"
+CORE = "generate:neuron-mask{min_tokens=0}"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,7 @@ def found(saved, how, *configs):
 @pytest.fixture(scope="module")
 def by_transformers(saved):
     """What ranks of a model that transformers shares out found."""
-    configs = (f"aot:{SPARSE}", WINDOW, TOKENS, f"!{TOKENS}", "neuron-mask")
+    configs = (f"aot:{SPARSE}", WINDOW, TOKENS, f"!{TOKENS}", TIED)
     return found(saved, "transformers", *configs)
 
 
@@ -62,9 +69,46 @@ def test_tokens_are_ranked_by_the_heads_of_all_ranks(by_transformers):
     assert control["difference"] > 1e-2
 
 
-def test_a_choice_among_all_neurons_is_refused(by_transformers):
-    result = by_transformers["neuron-mask"]
-    assert result["codes"] == ["sharded"] and result["difference"] < 1e-5
+def test_layers_read_this_ranks_part_of_others(by_transformers):
+    same(by_transformers[TIED], sites=1, collectives=6)
+
+
+@pytest.fixture(scope="module")
+def gated(saved):
+    """CATS, with thresholds of the whole model, and decoding kernels behind it."""
+    path = Path(saved) / "thresholds"
+    observed(TINY["llama"](), token_ids(1, 40, seed=3)).write(path)
+    cats = f'neuron-mask{{method=cats,thresholds="{path}.toml",force=true}}'
+    return f"generate:{cats},skinny-linear"
+
+
+@pytest.fixture(scope="module")
+def generations(saved, gated):
+    return found(saved, "transformers", gated, RETURNING, PAGES, CORE)
+
+
+def same_tokens(result, collectives):
+    """Say that a generation is that of the whole model under the same passes."""
+    assert result["tokens"] == result["tokens_alone"]
+    assert result["difference"] < 1e-5
+    assert result["collectives"] == [collectives] * 2  # a prompt's graph and a step's
+
+
+def test_generation_with_a_cache(generations, gated):
+    for config, collectives in ((gated, 6), (RETURNING, 7)):
+        result = generations[config]
+        same_tokens(result, collectives)
+        assert result["applied"] == result["alone"] > 0
+        assert result["effect"] > 1e-2
+    pages = generations[PAGES]  # whose budget is not reached
+    same_tokens(pages, 6)
+    assert pages["applied"] == 2
+
+
+def test_a_choice_among_all_neurons_is_refused(generations):
+    result = generations[CORE]
+    same_tokens(result, 6)
+    assert result["codes"] == ["sharded"]
     assert "it chooses over neurons" in result["said"][0]
 
 
