@@ -15,7 +15,7 @@ from graphopt.ir.attention.pages import read_of, replace_by_pages
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.passes.attention.head_tables import HeadTable, read_table
-from graphopt.passes.base import Pass, PassContext, PassResult, option
+from graphopt.passes.base import Pass, PassContext, PassResult, Selects, option
 from graphopt.remarks import Remark, applied, missed
 
 
@@ -47,6 +47,7 @@ class PageSelection(Pass):
     - ``not-decode``: more than one query row;
     - ``no-pages``: keys and values do not come out of a `graphopt.Cache`;
     - ``model-window``: the model itself attends to a window already;
+    - ``sharded``: ``table`` names heads, and ranks share them out;
     - ``unsupported``: biases, sinks, dropout, or a mask that is data.
     """
 
@@ -81,6 +82,11 @@ class PageSelection(Pass):
     local: Annotated[int, Field(ge=PAGE, multiple_of=PAGE)] = option(
         256, "newest tokens that a ring keeps at least, in whole pages", "tokens"
     )
+
+    @property
+    def selects_over(self) -> Selects:
+        """A cache keeps rings of heads by their numbers, and knows no ranks."""
+        return "nothing" if self.table is None else "heads"
 
     @model_validator(mode="after")
     def _readable(self) -> Self:

@@ -58,6 +58,7 @@ class Schedule(Pass):
     - ``not-cut``: a layer reads keys of another, writes to what all chunks read, or
       draws random numbers;
     - ``one-thread``, ``autograd``: found when prompts run;
+    - ``sharded``: ranks that share out the layers would run them in different orders;
     - ``device``, ``cuda-graphs``: neither a CPU nor CUDA, or a mode with CUDA graphs.
     """
 

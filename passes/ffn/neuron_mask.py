@@ -88,6 +88,7 @@ class NeuronMask(NeuronOptions):
     - ``padding``: which tokens of the prompt are real cannot be told;
     - ``slower``: rows that choose for themselves would read more than all weights once;
       what a small weight's skipped part saves is less than a call costs;
+    - ``sharded``: ``core`` ranks all neurons, and ranks share them out;
     - ``cannot-follow``: what lies between the projections needs all neurons.
 
     ``teal`` and ``cats`` refuse, further, when

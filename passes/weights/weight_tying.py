@@ -65,6 +65,7 @@ class WeightTying(Pass):
     - ``count``: no stack has as many layers as ``stages`` say;
     - ``ambiguous``: several have, and ``stack`` does not choose;
     - ``no-values``: ``auto``, and the graph was captured without the weights' values;
+    - ``sharded``: ``auto`` compares all weights, and ranks share them out;
     - ``structure``: layers of a stage differ in heads, in the form of the feed-forward
       part, or in the operators that read parameters;
     - ``shape``: a parameter has another shape, type or device, or is frozen in one of
