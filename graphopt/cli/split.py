@@ -42,7 +42,8 @@ class Split:
 
     def check(self, ensemble: bool, stdin: bool) -> None:
         """Raise ConfigError unless torchrun started as many processes as are needed."""
-        started = int(os.environ.get("WORLD_SIZE", "1"))
+        known = "RANK" in os.environ
+        started = int(os.environ.get("WORLD_SIZE", "1")) if known else 1
         if started != self.ranks:
             asked = f"--tp {self.tp} --pp {self.pp}: {self.ranks} process(es) hold this"
             raise ConfigError(
@@ -165,8 +166,10 @@ def _pipelined(split: Split, job: Job, forced: list[int]) -> Outcome:
     from graphopt.integrations.pipelining.run import generate
     from graphopt.memory import peak_mb
 
-    asked = (job.model, job.config, job.prompt, job.max_new_tokens)
-    found = generate(*asked, split.tp, split.pp, forced=forced, dtype=job.dtype)
+    config = job.config if job.backend == "graphopt" else ""
+    asked = (job.model, config, job.prompt, job.max_new_tokens, split.tp, split.pp)
+    host = "traced" if job.backend == "eager" else "inductor"
+    found = generate(*asked, forced=forced, dtype=job.dtype, host=host)
     folders = [r.directory for r in found.reports if r.directory is not None]
     return Outcome(
         job.backend,

@@ -128,10 +128,15 @@ def joined(limit: float) -> Iterator[Ranks]:
     import torch.distributed as dist
 
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), limit)
-    signal.signal(signal.SIGTERM, _stopped)
-    with ranks.watching():
-        yield replace(ranks, group=_join(limit))
-        dist.destroy_process_group()
+    before = signal.signal(signal.SIGTERM, _stopped)
+    try:
+        with ranks.watching():
+            yield replace(ranks, group=_join(limit))
+            dist.destroy_process_group()
+    except BaseException:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is a message to print
+        raise
+    signal.signal(signal.SIGTERM, before)
 
 
 def _join(limit: float) -> Any:

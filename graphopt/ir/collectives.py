@@ -125,8 +125,3 @@ def group_of(like: fx.Node) -> Any:
     if not op_name(like).startswith(_NATIVE) or not isinstance(name, str):
         raise PassError(f"{op_name(like)} does not tell which ranks it sums over")
     return _compat.process_group(name)
-
-
-def is_sharded(gm: fx.GraphModule) -> bool:
-    """Tell whether ``gm`` is of one rank of several that hold a model."""
-    return any(is_collective(node) for node in gm.graph.nodes)

@@ -110,6 +110,7 @@ def test_processes_as_many_as_asked_for(monkeypatch):
     with pytest.raises(ConfigError, match=rf"2 process.* and 1 run; .*{remedy}"):
         Split(2, 1, 60.0).check(ensemble=False, stdin=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     Split(2, 1, 60.0).check(ensemble=False, stdin=False)
     with pytest.raises(ConfigError, match=r"1 process.* and 2 run; .*: graphopt run"):
         Split(1, 1, 60.0).check(ensemble=False, stdin=False)
