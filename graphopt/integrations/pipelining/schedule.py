@@ -15,8 +15,9 @@ from torch.distributed.pipelining import (
 )
 
 from graphopt.errors import ModelError
+from graphopt.integrations.pipelining.program import Probe
 from graphopt.integrations.pipelining.sizes import TensorLike
-from graphopt.integrations.pipelining.staged import Probe, StagedModel
+from graphopt.integrations.pipelining.staged import StagedModel
 
 
 class Call(Protocol):
@@ -120,7 +121,7 @@ class Pipeline:
         probe, last = self._probes[bucket], self.model.stages - 1
         number = TensorLike((1, 1), torch.int64, self._device(bucket))
         inputs = probe.received[stage] if stage else [number]
-        outputs = probe.results[:1] if stage == last else probe.received[stage + 1]
+        outputs = (probe.result,) if stage == last else probe.received[stage + 1]
         return PipelineStage(
             self._modules[stage],
             stage,
@@ -132,11 +133,11 @@ class Pipeline:
         )
 
     def _device(self, bucket: Hashable) -> torch.device:
-        return self._probes[bucket].results[0].device
+        return self._probes[bucket].result.device
 
     def _shared(self, bucket: Hashable, calls: int, merged: Tensor | None) -> Tensor:
         """Give every rank what the last stage computed."""
-        like = self._probes[bucket].results[0]
+        like = self._probes[bucket].result
         shape = (calls * like.shape[0], *like.shape[1:])
         if merged is None:
             merged = TensorLike(shape, like.dtype, like.device).empty()

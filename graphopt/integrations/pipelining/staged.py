@@ -3,52 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from graphopt import _compat
 from graphopt.backend import rewrite
 from graphopt.distributed import localise
 from graphopt.errors import GraphoptError
-from graphopt.integrations.pipelining.caches import give_up
-from graphopt.integrations.pipelining.cut import Part, cut, mark_stages
-from graphopt.integrations.pipelining.sizes import Sizes, TensorLike
+from graphopt.integrations.pipelining.cut import cut, mark_stages
+from graphopt.integrations.pipelining.hosts import HOSTS
+from graphopt.integrations.pipelining.program import Probe, Program, release
 from graphopt.ir.constants import fold_float_attributes
 from graphopt.ir.dce import eliminate_dead_code
 from graphopt.ir.sizes.inputs import tie_sizes
-from graphopt.options import BackendOptions, parse_options
-from graphopt.outline import compile_outlined
+from graphopt.options import parse_options
 from graphopt.report import CompileReport
 
 Check = Callable[[CompileReport], None]
-Host = Callable[[fx.GraphModule, BackendOptions], Callable[..., Sequence[Any]]]
-
-
-def inductor(gm: fx.GraphModule, options: BackendOptions) -> Callable[..., Any]:
-    """Compile a stage as the backend does: layer by layer where layers repeat."""
-
-    def one(piece: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return _compat.compile_fx(piece, inputs, options.inductor)
-
-    if options.outline:
-        outlined = compile_outlined(gm, one, options.outline)
-        if outlined.run is not None:
-            return outlined.run
-    inputs = gm.graph.find_nodes(op="placeholder")
-    with _compat.isolated_tracing():
-        return one(gm, [n.meta.get("example_value") for n in inputs])
-
-
-def traced(gm: fx.GraphModule, options: BackendOptions) -> Callable[..., Any]:
-    """Run the rewritten graph as it is: to check, and without waiting for Inductor."""
-    return gm
-
-
-HOSTS: dict[str, Host] = {"inductor": inductor, "traced": traced}
 
 
 @dataclass
@@ -67,31 +41,6 @@ class _ProbedError(Exception):
     def __init__(self, probe: Probe) -> None:
         super().__init__()
         self.probe = probe
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What stages exchange in a call: ``received`` of each stage, and the results."""
-
-    received: tuple[tuple[TensorLike, ...], ...]
-    results: tuple[TensorLike, ...]
-
-
-@dataclass(frozen=True)
-class _Program:
-    """One graph of the model: its parts, the compiled ones by stage."""
-
-    parts: list[Part]
-    run: dict[int, Callable[..., Sequence[Any]]]
-    sizes: Sizes
-    outputs: list[Any]
-    reads: set[int]
-    parameters: dict[int, Tensor] = field(default_factory=dict)
-
-    def note(self, arguments: Sequence[Any]) -> None:
-        """Remember the parameters among the arguments of a call."""
-        found = {i: x for i, x in enumerate(arguments) if isinstance(x, nn.Parameter)}
-        self.parameters.update(found)
 
 
 class StagedModel:
@@ -119,7 +68,7 @@ class StagedModel:
         self.reports: list[CompileReport] = []
         self._host, self._check, self._layers = HOSTS[host], check, layers
         self._link = _Link()
-        self._programs: list[_Program] = []
+        self._programs: list[Program] = []
         self._call: Any = torch.compile(
             step, backend=self._backend, dynamic=True, fullgraph=True
         )
@@ -147,11 +96,7 @@ class StagedModel:
         To be called when everything is compiled: a pass that reads the values of
         weights reads those of all layers.
         """
-        known = [(p, i, x) for p in self._programs for i, x in p.parameters.items()]
-        read = [x for program, place, x in known if place in program.reads]
-        kept = {_local(x).untyped_storage().data_ptr() for x in read}
-        found = (_local(x) for _, _, x in known)
-        return give_up([x for x in found if x.untyped_storage().data_ptr() not in kept])
+        return release(self._programs)
 
     @torch.no_grad()
     def _enter(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,23 +121,23 @@ class StagedModel:
         if self._check is not None:
             self._check(report)
         parts = cut(gm, self.stages)
-        code = {s: self._host(parts[s].module, self.options) for s in self.own}
-        outputs = list(gm.graph.output_node().all_input_nodes)
-        reads = {place for stage in self.own for place in parts[stage].inputs}
-        program = _Program(parts, code, Sizes(gm), outputs, reads)
+        code = {
+            stage: self._host(parts[stage].module, self.options, report)
+            for stage in self.own
+        }
+        program = Program.of(gm, parts, code)
         self._programs.append(program)
 
         def run(*given: Any) -> tuple[Any, ...]:
-            if not program.parameters:
-                program.note(given)
+            program.note(given)
             return self._run(program, local.arguments(given))
 
         return run
 
-    def _run(self, program: _Program, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    def _run(self, program: Program, arguments: Sequence[Any]) -> tuple[Any, ...]:
         link = self._link
         if link.probe:
-            raise _ProbedError(_probe(program, arguments))
+            raise _ProbedError(program.probe(arguments))
         part = program.parts[link.stage]
         given = (arguments[place] for place in part.inputs)
         found = program.run[link.stage](*given, *link.received)
@@ -200,15 +145,3 @@ class StagedModel:
         link.sent = tuple(x.contiguous() for x in found[:count])
         own = found[count:]
         return tuple(None if place is None else own[place] for place in part.results)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """Return this rank's part of a sharded parameter."""
-    part: Tensor = getattr(parameter, "_local_tensor", parameter)
-    return part
-
-
-def _probe(program: _Program, arguments: Sequence[Any]) -> Probe:
-    values = program.sizes.of(arguments)
-    received = (map(values, part.received) for part in program.parts)
-    return Probe(tuple(map(tuple, received)), tuple(map(values, program.outputs)))
