@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,17 @@ def of_installation() -> dict[str, str]:
 
 
 def of_config(config: Any) -> dict[str, str]:
-    """Return the pass config as one line; ConfigError for a bad one."""
+    """Return the pass config as one line, and a hash of the files that it names.
+
+    ConfigError for a bad one.
+    """
     from graphopt.config import load_config
 
-    return {"the config": repr(load_config(config).text())}
+    found = load_config(config)
+    values = [v for item in found.pipeline for v in item.options().values()]
+    files = [Path(v) for v in values if isinstance(v, str) and Path(v).is_file()]
+    content = _hash(b"".join(path.read_bytes() for path in files))
+    return {"the config": repr(found.text()), "the config's files": content}
 
 
 def of_architecture(config: Any) -> dict[str, str]:
