@@ -152,21 +152,25 @@ def _linear(lowering: Lowering, node: fx.Node) -> fx.Node | None:
     """A linear whose outputs or whose inputs are sharded is a smaller linear."""
     source, weight = argument(node, 0, "input"), argument(node, 1, "weight")
     bias = argument(node, 2, "bias")
-    spread = [lowering.placements(x) for x in (source, weight, node)]
-    inputs, outputs = Shard(value_of(node).ndim - 1), (Shard(0),)
-    local = (
-        spread == [(Replicate(),), outputs, (inputs,)]
-        and (bias is None or lowering.placements(bias) == outputs)
-    ) or (
-        spread[:2] == [(inputs,), (Shard(1),)]
-        and spread[2] is not None
-        and isinstance(spread[2][0], Partial)
-        and bias is None
-    )
-    if not local:
+    given, held, result = (lowering.placements(x) for x in (source, weight, node))
+    of_bias = None if bias is None else lowering.placements(bias)
+    by_input = (Shard(value_of(source).ndim - 1),)
+    if (given, held, result) == ((Replicate(),), (Shard(0),), by_input):
+        if bias is not None and of_bias != held:
+            return None
+    elif (given, held) == (by_input, (Shard(1),)) and _is_partial(result):
+        if bias is not None and of_bias != (Replicate(),):
+            return None
+        if bias is not None:  # each rank adds its share to its part of the sum
+            ranks = lowering.held[weight]._spec.mesh.size()
+            bias = call(lowering.graph, torch.ops.aten.div.Scalar, (bias, ranks))
+    else:
         return None
-    args = (source, weight) if bias is None else (source, weight, bias)
-    return call(lowering.graph, torch._C._nn.linear, args)
+    return call(lowering.graph, torch._C._nn.linear, (source, weight, bias))
+
+
+def _is_partial(spread: tuple[Any, ...] | None) -> bool:
+    return spread is not None and isinstance(spread[0], Partial)
 
 
 def _embedding(lowering: Lowering, node: fx.Node) -> fx.Node | None:

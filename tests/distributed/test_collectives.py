@@ -8,6 +8,13 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from graphopt.distributed import localise
 from graphopt.errors import PassError
@@ -145,3 +152,52 @@ def test_a_pass_that_needs_all_ranks_is_refused():
     (record,) = run_passes(gm, [Ranks()])
     assert [r.code for r in record.remarks] == ["sharded"]
     assert "neurons" in record.remarks[0].message
+
+
+def test_operators_on_dtensors_become_local_ones():
+    model = nn.Sequential(
+        nn.Embedding(20, 8), nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 20)
+    )
+    plan = {
+        "0": RowwiseParallel(input_layouts=Replicate()),
+        "1": ColwiseParallel(),
+        "2": RowwiseParallel(),
+        "3": ColwiseParallel(output_layouts=Replicate()),
+    }
+    parallelize_module(model, dist.init_device_mesh("cpu", (2,)), plan)
+    found = []
+
+    def backend(gm, inputs):
+        local = localise(gm, inputs)
+        found.append((gm, local))
+        return lambda *given: gm(*local.arguments(given))
+
+    with torch.no_grad():
+        ids = torch.randint(0, 20, (3, 5))
+        result = torch.compile(model, backend=backend, dynamic=True)(ids)
+    assert result.shape == (3, 5, 20)
+    ((gm, local),) = found
+    assert local.remark.code == "local" and len(local.sharded) == 7
+    # The embedding and the second linear are summed, the logits gathered.
+    assert names(gm).count("linear") == 3 and count_collectives(gm) == 3
+    values = [n.meta.get("example_value") for n in gm.graph.nodes]
+    assert not any(isinstance(value, DTensor) for value in values)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    weights = [inputs[i].meta["example_value"] for i in local.sharded]
+    assert all(isinstance(weight, nn.Parameter) for weight in weights)
+
+
+def test_derivatives_go_through_dtensors():
+    model = nn.Sequential(nn.Linear(8, 16))
+    mesh = dist.init_device_mesh("cpu", (2,))
+    parallelize_module(model, mesh, {"0": ColwiseParallel()})
+    found = []
+
+    def backend(gm, inputs):
+        found.append(localise(gm, inputs))
+        return gm.forward
+
+    torch.compile(model, backend=backend)(torch.randn(3, 8))
+    (local,) = found
+    assert local.remark.code == "sharded" and "no_grad" in local.remark.message
+    assert local.sharded == ()
