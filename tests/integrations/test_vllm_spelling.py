@@ -218,6 +218,26 @@ def test_marks_leave_nothing_behind(model):
     assert "paged_attention" not in names
 
 
+def test_layers_read_one_set_of_weights(model):
+    x = torch.randn(6, H)
+    options = parse_options({"config": "weight-tying{stages=[2]}", "strict": True})
+
+    def change(gm):
+        raise_ops(gm)
+        report, _ = rewrite(gm, options)
+        remarks = [r for r in report.all_remarks() if r.pass_name]
+        assert [r.kind for r in remarks] == ["applied"]
+        assert remarks[0].figures["parameters"] == 6
+        lower(gm)
+
+    compiled, _ = captured(model, change)
+    found = compiled(x)
+    first, second = model.layers
+    second.load_state_dict(first.state_dict())
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, model(x))
+
+
 class Stage(nn.Module):
     """Layers of a pipeline stage, with the two values that go between stages."""
 

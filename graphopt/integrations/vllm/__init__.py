@@ -6,19 +6,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 __all__ = ["backend", "register"]
 
 
 def register() -> None:
-    """Make graphopt known to vLLM; runs in each of its processes, perhaps twice.
-
-    vLLM would write compiled functions to disk, which a backend that is a function
-    cannot do (``VLLM_USE_AOT_COMPILE``); Inductor's own cache serves in its place.
-    """
-    os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+    """Make graphopt known to vLLM; runs in each of its processes, perhaps twice."""
     from graphopt.integrations.vllm.attention import override
 
     override()

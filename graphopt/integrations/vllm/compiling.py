@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ def check_platform(settings: Settings) -> None:
 def make_backend() -> Backend:
     """Return the backend of the model that vLLM is building.
 
+    vLLM would write compiled functions to disk, which those of a backend that is a
+    function cannot be (``VLLM_USE_AOT_COMPILE``); Inductor's own cache serves instead.
     Raises ConfigError for settings that cannot be used.
     """
     from vllm.config import get_current_vllm_config_or_none
@@ -40,6 +43,7 @@ def make_backend() -> Backend:
             "graphopt.integrations.vllm.backend is made where vLLM builds a model: "
             "give its name, -cc.mode=2 -cc.backend=graphopt.integrations.vllm.backend"
         )
+    os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     settings = read_settings(config)
     check_platform(settings)
     _leave_weights(bool(settings.options.config.pipeline))

@@ -6,6 +6,7 @@
   takes the marks away.
 - A pipeline stage that hands on the residual stream and what is to be added to it: the
   sum is handed on in place of the second, and `lower` parts them again.
+- Norms read ``weight.data``: they read the parameter.
 - Merged projections (gate and up, queries, keys and values): named after their first
   part, whose input is that of all; gate and up are taken apart on demand.
 What is not recognised stays as it is.
@@ -72,6 +73,10 @@ def raise_ops(gm: fx.GraphModule, split_gates: bool = False) -> None:
             _raise_added_norm(gm, node)
         elif name == "vllm.unified_attention_with_output":
             _mark(gm, node)
+        elif name == "_get_data_attr":  # weight.data, read far before it is used
+            weight: Any = node.args[0]
+            node.replace_all_uses_with(weight)
+            gm.graph.erase_node(node)
     for node in list(gm.graph.nodes):
         if is_linear(node):
             _name(gm, node, split_gates)
