@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tests.distributed.launch import launch
+from tests.distributed.launch import launch, torchrun
 
 SCRIPT = str(Path(__file__).parent / "pipelining.py")
 SPARSE = "sparse-attention{pattern=a-shape,sink=4,window=16,force=true}"
@@ -60,3 +63,33 @@ def test_heads_shared_out_within_stages(config):
     found = run(ranks=4, tp=2, ragged=[""], requests=[config])
     check_ragged(found["ragged"][0])
     check_requests(found["requests"][0])
+
+
+@pytest.mark.slow
+def test_run_with_stages(tmp_path):
+    """The command line sends one prompt through two stages, beside eager ones."""
+    model, prompt = saved(tmp_path), "5 6 7 8 9 10 11 12"
+    asked = ("run", str(tmp_path), "--pp", "2", "--prompt", prompt, "--json")
+    more = ("--max-new-tokens", "4", "--compare", "eager")
+    done = torchrun("-m", "graphopt", *asked, *more, limit=400)
+    assert done.code == 0, str(done)
+    (line,) = done.stdout.splitlines()
+    eager, ours = json.loads(line)["results"]
+    ids = torch.tensor([[int(word) for word in prompt.split()]])
+    written = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert eager["tokens"] == ours["tokens"] == written[0, ids.shape[1] :].tolist()
+    assert ours["mean_kl"] < 1e-8
+
+
+def saved(folder):
+    """Save a tiny Llama of two layers whose tokens are numbers, and return it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = tf.LlamaConfig(**sizes, num_attention_heads=4, vocab_size=100)
+    model = tf.LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    words = models.WordLevel({str(i): i for i in range(100)}, unk_token="0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return model
