@@ -33,10 +33,17 @@ def _about(data: Data, plan: Plan, runs: Runs) -> str:
         f"tokens. The auxiliary model has stages of {list(plan.stages)} layers and "
         "learns the teacher's outputs alone, from random values (alpha 1, T 1, KL by "
         f"{plan.divide}); descendants and models from scratch learn labels. Accuracy "
-        f"in % as mean (least to greatest) of seeds {', '.join(map(str, runs))}; "
+        f"in % {_of_seeds(runs)}; "
         "seconds are processor time of a training, the teacher's outputs included; "
         f"torch {version('torch')}, transformers {version('transformers')}."
     )
+
+
+def _of_seeds(runs: Runs) -> str:
+    names = ", ".join(map(str, runs))
+    if len(runs) == 1:
+        return f"of one seed ({names})"
+    return f"as mean (least to greatest) of seeds {names}"
 
 
 def _claims(plan: Plan, runs: Runs) -> list[str]:
@@ -107,6 +114,8 @@ def _mean(runs: Runs, kind: str, depth: int, epochs: int) -> float:
 def _spread(values: Sequence[float], scale: float) -> str:
     mean, low, high = sum(values) / len(values), min(values), max(values)
     whole = [scale * v for v in (mean, low, high)]
+    if len(values) == 1:
+        return f"{whole[0]:.1f}"
     return "{:.1f} ({:.1f} to {:.1f})".format(*whole)
 
 
