@@ -127,15 +127,17 @@ def main(path: str, how: str, configs: list[str]) -> None:
     with torch.no_grad():
         plain = {call: call(whole(path), "", ids)[0] for call in (predict, generate)}
     model = shared(path, how)
-    found = []
-    for config in configs:
-        ours = run(model, config, ids)
-        if dist.get_rank() == 0:
-            alone = run(whole(path), config, ids)
-            generates = config.startswith("generate:")
-            before = plain[generate if generates else predict]
-            found.append(_compared(ours, alone, before))
-    say(found)
+    ours = [run(model, config, ids) for config in configs]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    found: list[Any] = [None] * ranks
+    mine = {}
+    # What one process does is shared out too: it takes as long.
+    for index in range(rank, len(configs), ranks):
+        config = configs[index]
+        before = plain[generate if config.startswith("generate:") else predict]
+        mine[index] = _compared(ours[index], run(whole(path), config, ids), before)
+    dist.all_gather_object(found, mine)
+    say([found[index % ranks][index] for index in range(len(configs))])
 
 
 def _compared(

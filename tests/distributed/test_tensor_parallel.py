@@ -17,7 +17,6 @@ SPARSE = (
     "vertical=3,slash=5,force=true,heads=[{heads=[0],pattern=dense},"
     "{heads=[3],pattern=a-shape,sink=2,window=3}]}"
 )
-WINDOW = "structured-mask,sparse-attention{sink=4,window=8,force=true}"
 TOKENS = "token-drop{schedule=[{layer=0,keep=0.5}]}"
 TIED = "weight-tying{stages=[2]}"
 RETURNING = (
@@ -43,7 +42,7 @@ def found(saved, how, *configs):
 @pytest.fixture(scope="module")
 def by_transformers(saved):
     """What ranks of a model that transformers shares out found."""
-    configs = (f"aot:{SPARSE}", WINDOW, TOKENS, f"!{TOKENS}", TIED)
+    configs = (f"aot:{SPARSE}", TOKENS, f"!{TOKENS}", TIED)
     return found(saved, "transformers", *configs)
 
 
@@ -58,7 +57,6 @@ def same(result, sites, collectives):
 def test_attention_passes_see_this_ranks_heads(by_transformers):
     # Rows that name heads mean the whole model's: head 0 is rank 0's, head 3 rank 1's.
     same(by_transformers[f"aot:{SPARSE}"], sites=4, collectives=6)
-    same(by_transformers[WINDOW], sites=4, collectives=6)
 
 
 def test_tokens_are_ranked_by_the_heads_of_all_ranks(by_transformers):
