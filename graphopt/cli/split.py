@@ -80,10 +80,6 @@ def measure_split(
     from graphopt.cli.side import Job
     from graphopt.distributed.ranks import joined
 
-    if split.pp > 1 and others:
-        raise ConfigError(
-            "--compare: stages run graphopt alone; leave it out with --pp"
-        )
     job = Job("graphopt", model, (), max_new_tokens, config, dtype)
     with joined(split.limit) as ranks:
         found = ranks.agreed(lambda: _asked(split, job, text, others, raw))
