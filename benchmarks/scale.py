@@ -184,7 +184,7 @@ def _ratio(one: dict[str, Any], other: dict[str, Any], key: str) -> float:
 
 def _draw(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Draw throughput over GPUs, and the bubbles as numbers at the points."""
-    for scheduler in SCHEDULERS:
+    for scheduler, up in zip(SCHEDULERS, (6, 6, -12), strict=True):
         found = [row for row in rows if row.get("scheduler") == scheduler]
         gpus = [row["gpus"] for row in found]
         axes.plot(gpus, [r["tokens_per_second"] for r in found], "o-", label=scheduler)
@@ -193,11 +193,13 @@ def _draw(axes: Any, rows: list[dict[str, Any]]) -> None:
                 f"{row['bubble_share']:.0%}",
                 (row["gpus"], row["tokens_per_second"]),
                 textcoords="offset points",
-                xytext=(4, -10),
+                xytext=(-6, up),
                 fontsize=7,
             )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
+    sizes = sorted({row["gpus"] for row in rows if "gpus" in row})
+    axes.set_xticks(sizes, list(map(str, sizes)))
     axes.set_xlabel("H100s (TP = 8, a stage a node)")
     axes.set_ylabel("tokens a second, prompts and new")
     axes.set_title("Llama-3-70B, simulated; numbers: share of bubbles", fontsize=9)

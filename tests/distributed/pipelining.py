@@ -143,6 +143,24 @@ def _refused(pipe: RaggedPipeline) -> list[str]:
     return found
 
 
+def differs(job: dict[str, Any], mesh: Any, config: str) -> dict[str, Any]:
+    """Make pipelines that are not the same on every rank; return rank 0's errors."""
+    model, group = model_of(job["layers"]), mesh["pp"].get_group()
+    rank = dist.get_rank()
+    found = {}
+    given: dict[str, Any] = {
+        "buckets": {"buckets": (16, 24 + rank)},
+        "config": {"config": "" if rank else config},
+        "bad": {"config": "unheard-of" if rank else ""},
+    }
+    for name, options in given.items():
+        try:
+            RaggedPipeline(model, group, host="traced", **options)
+        except GraphoptError as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
 def requests(job: dict[str, Any], mesh: Any, config: str) -> dict[str, Any]:
     """Run two prompts and their decoding under ``config``; release weights after."""
     model, whole = model_of(job["layers"]), model_of(job["layers"])
@@ -193,7 +211,7 @@ def main() -> None:
     job |= json.loads(sys.argv[1])
     ranks = int(os.environ["WORLD_SIZE"])
     mesh = pipeline_mesh(job["tp"], ranks // job["tp"])
-    kinds = {"ragged": ragged, "requests": requests}
+    kinds = {"ragged": ragged, "requests": requests, "differs": differs}
     say(
         {
             kind: [run(job, mesh, config) for config in job.get(kind, [])]

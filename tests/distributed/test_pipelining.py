@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.distributed.launch import launch, torchrun
 
+pytestmark = pytest.mark.slow
 SCRIPT = str(Path(__file__).parent / "pipelining.py")
 SPARSE = "sparse-attention{pattern=a-shape,sink=4,window=16,force=true}"
 NEURONS = "neuron-mask{keep=0.4,min_tokens=0,layers=[0,1],force=true}"
@@ -47,9 +48,14 @@ def test_chunks_decodes_and_passes():
 
 
 def test_interleaved_stages():
-    """Two stages on each rank."""
-    found = run(per_rank=2, layers=4, ragged=[""])
+    """Two stages on each rank; before, ranks that were given different things."""
+    found = run(per_rank=2, layers=4, differs=["skinny-linear"], ragged=[""])
     check_ragged(found["ragged"][0])
+    (errors,) = found["differs"]
+    assert "RanksError" in errors["buckets"]
+    assert "the buckets is (16, 24) on rank 0, (16, 25) on rank 1" in errors["buckets"]
+    assert "the config is 'skinny-linear" in errors["config"]
+    assert "unknown pass" in errors["bad"] and "on rank 1" in errors["bad"]
 
 
 def test_compiled():
@@ -57,15 +63,12 @@ def test_compiled():
     check_ragged(found["ragged"][0])
 
 
-@pytest.mark.parametrize("config", [SPARSE])
-def test_heads_shared_out_within_stages(config):
+def test_heads_shared_out_within_stages():
     """Two ranks a stage, two stages: TP x PP."""
-    found = run(ranks=4, tp=2, ragged=[""], requests=[config])
+    found = run(ranks=4, tp=2, ragged=[""])
     check_ragged(found["ragged"][0])
-    check_requests(found["requests"][0])
 
 
-@pytest.mark.slow
 def test_run_with_stages(tmp_path):
     """The command line sends one prompt through two stages, beside eager ones."""
     model, prompt = saved(tmp_path), "5 6 7 8 9 10 11 12"

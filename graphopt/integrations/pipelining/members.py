@@ -36,6 +36,7 @@ class Members:
         self._ends = [self.order[end] for end in ends]
         self.stages = len(ends) + 1
         self.own = _descendants(graph, start)
+        self._storages = {node: storages(node) for node in graph.nodes}
         self._writes = {node: set(written(node)) for node in graph.nodes}
         self._nodes = [self._of(stage) for stage in range(self.stages)]
         for stage in range(self.stages):
@@ -67,7 +68,11 @@ class Members:
         results = self.graph.output_node().all_input_nodes
         self._add(found, [*mine, *(n for n in results if n not in self.own)])
         effects = [n for n in self.graph.nodes if self._acts_alone(n)]
-        while more := [n for n in effects if self._joins(n, stage, found)]:
+        more = effects
+        while more:
+            reads = self._reads(found)
+            left = (node for node in effects if node not in found)
+            more = [node for node in left if self._joins(node, stage, reads)]
             self._add(found, more)
         return found
 
@@ -75,13 +80,11 @@ class Members:
         given = node.op in ("placeholder", "output") or node in self.own
         return not given and has_effect(node)
 
-    def _joins(self, node: fx.Node, stage: int, found: set[fx.Node]) -> bool:
-        """Tell whether a stage that has ``found`` needs the effect of ``node``."""
-        if node in found:
-            return False
+    def _joins(self, node: fx.Node, stage: int, reads: set[int]) -> bool:
+        """Tell whether a stage that ``reads`` these needs the effect of ``node``."""
         if self.order[node] < self._body or self.owner(node) == stage:
             return True
-        return bool(self._writes[node] & self._reads(found))
+        return bool(self._writes[node] & reads)
 
     @cached_property
     def _body(self) -> int:
@@ -90,7 +93,8 @@ class Members:
         return min(places, default=len(self.order))
 
     def _reads(self, nodes: Iterable[fx.Node]) -> set[int]:
-        return {s for n in nodes for i in n.all_input_nodes for s in storages(i)}
+        inputs = {source for node in nodes for source in node.all_input_nodes}
+        return {storage for node in inputs for storage in self._storages[node]}
 
     def _add(self, found: set[fx.Node], nodes: Iterable[fx.Node]) -> None:
         """Add nodes and what they read, up to inputs and what another stage sends."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from graphopt.config import load_config
 from graphopt.errors import ConfigError, ModelError
+from graphopt.integrations.pipelining.agreement import agree
 from graphopt.integrations.pipelining.caches import give_up, stage_layers
 from graphopt.integrations.pipelining.schedule import Pipeline
 from graphopt.integrations.pipelining.staged import StagedModel
@@ -39,7 +40,7 @@ class RaggedPipeline:
 
     Every rank calls it alike, with the same model, config and micro-batches. Raises
     ConfigError for a model whose attention rows cannot share, ModelError for one that
-    cannot be cut.
+    cannot be cut, RanksError where ranks were given different things.
     """
 
     page_size = PAGE
@@ -63,6 +64,9 @@ class RaggedPipeline:
         self.stages, self.ranks = stages, ranks
         self._buckets = sorted(buckets)
         self._name = type(model).__name__
+        said = {"the buckets": tuple(self._buckets), "the stages": stages}
+        said |= {"the pages": pages, "the rows": self.rows}
+        agree(group, model, "" if config is None else config, **said)
         text = "" if config is None else load_config(config).text()
         options = {"config": ",".join(filter(None, ("ragged-batch", text)))}
         own = range(rank, stages, ranks)

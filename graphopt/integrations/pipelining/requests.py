@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from graphopt.errors import ModelError
+from graphopt.integrations.pipelining.agreement import agree
 from graphopt.integrations.pipelining.caches import stage_cache, stage_layers
 from graphopt.integrations.pipelining.schedule import Pipeline
 from graphopt.integrations.pipelining.staged import StagedModel
@@ -29,7 +30,8 @@ class RequestPipeline:
     fills its own layers. ``max_tokens``: room in each, made once. Calls of one step
     have the same number of tokens. Every rank calls it alike.
 
-    Raises ModelError for a model that cannot be cut at its layers.
+    Raises ModelError for a model that cannot be cut at its layers, RanksError where
+    ranks were given different things.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class RequestPipeline:
     ) -> None:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         self.stages = ranks * per_rank
+        said = {"the stages": self.stages, "max_tokens": max_tokens}
+        agree(group, model, config, **said)
         self._model, self._config, self._max_tokens = model, config, max_tokens
         self._layers = len(find_stack(model))
         own = range(rank, self.stages, ranks)
