@@ -51,15 +51,15 @@ test: setup
 
 # vLLM pins torch and transformers, so it has an environment of its own. What it pulls in
 # of torchvision, torchaudio and torchcodec is built for CUDA and breaks transformers on a
-# CPU build of torch; text models need none of them.
+# CPU build of torch; text models need none of them. Where pip's index has no CPU builds of
+# torch, PIP_EXTRA_INDEX_URL names one that has.
 VLLM := $(VLLM_VENV)/bin/python
 VLLM_PIP := $(VLLM) -m pip --disable-pip-version-check
 VLLM_TORCH := torch==2.13.0+cpu
 
 $(VLLM_VENV)/.stamps/vllm: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PIP) install $(VLLM_TORCH) || $(VLLM_PIP) install $(VLLM_TORCH) \
-		--index-url https://download.pytorch.org/whl/cpu
+	$(VLLM_PIP) install $(VLLM_TORCH)
 	$(VLLM_PIP) install "$$(sed -n 's/^vllm = \["\(.*\)"\]$$/\1/p' pyproject.toml)"
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	$(VLLM_PIP) install pytest pytest-timeout gguf==0.19.0 accelerate
