@@ -7,6 +7,7 @@ prints the best seconds of each length, and the CPU time over wall time of all r
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -67,5 +68,5 @@ def _timed(model: Any, ids: torch.Tensor) -> dict[str, Any]:
 
 if __name__ == "__main__":
     found = prefill(int(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]))
-    if len(sys.argv) > 4 or int(__import__("os").environ["RANK"]) == 0:
+    if os.environ["RANK"] == "0":
         print("RESULT " + json.dumps(found), flush=True)

@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from graphopt.errors import ModelError
 from graphopt.ir.match import size_expr, value_of
 
 
@@ -53,7 +54,13 @@ class Sizes:
 
         def like(node: fx.Node) -> TensorLike:
             value = value_of(node)
-            shape = tuple(int(size_expr(s).subs(known)) for s in value.shape)
-            return TensorLike(shape, value.dtype, value.device)
+            shape = [size_expr(size).subs(known) for size in value.shape]
+            if unknown := [size for size in shape if not size.is_number]:
+                raise ModelError(
+                    f"pipelining: the size {unknown[0]} of {node.name} is known only "
+                    "when it is computed, and stages send tensors of fixed sizes; "
+                    "leave out passes that keep as many tokens as the text asks for"
+                )
+            return TensorLike(tuple(map(int, shape)), value.dtype, value.device)
 
         return like
