@@ -53,7 +53,9 @@ def of_weights(model: torch.nn.Module) -> dict[str, str]:
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype};".encode())
         if not hasattr(weight, "placements") and weight.numel() <= _SMALL:
-            digest.update(weight.detach().float().cpu().numpy().tobytes())
+            # A copy: memory that NumPy has seen cannot be given up any more.
+            values = weight.detach().to("cpu", torch.float32, copy=True)
+            digest.update(values.numpy().tobytes())
     return {"the model's parameters": digest.hexdigest()[:12]}
 
 
