@@ -77,9 +77,13 @@ def kept(folder: Path) -> LlamaForCausalLM | None:
 
 @torch.no_grad()
 def loss_of(net: Any, blocks: Tensor) -> float:
-    """Return the mean loss of all bytes but each first, in nats; blocks [N, S]."""
-    total = 0.0
-    for rows in blocks.split(4):
+    """Return the mean loss of all bytes but each first, in nats; blocks [N, S].
+
+    Blocks are read in pieces as long as those of the training: no model has learnt
+    what positions beyond them mean.
+    """
+    total, blocks = 0.0, blocks.reshape(-1, LENGTH)
+    for rows in blocks.split(16):
         logits = net(rows, use_cache=False).logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
