@@ -27,10 +27,12 @@ def _pipe_width() -> int:
 
 def print_error(message: str) -> None:
     """Print one error message to stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(
-        "[bold red]error:[/]", end=" "
-    )
-    print(message, file=sys.stderr)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with console.capture() as word:
+        console.print("[bold red]error:[/]", end=" ")
+    # In one write: other ranks may be printing theirs.
+    sys.stderr.write(f"{word.get()}{message}\n")
+    sys.stderr.flush()
 
 
 def print_json(value: Any) -> None:

@@ -6,7 +6,7 @@ from itertools import groupby
 from math import prod
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sympy import sympify
 from torch import fx
@@ -58,8 +58,13 @@ def solved(axes, tokens, steps):
     return equations, true, (tokens, counts, node)
 
 
+# Four tokens, of which 16 may be the square or four times as many.
+AMBIGUOUS = [([1, 32 * TOKENS], 0), ([1, TOKENS, 2, 16], 0), ([1, 2 * TOKENS, 16], 0)]
+
+
 @settings(deadline=None, max_examples=60)
 @given(chains())
+@example(((1, TOKENS, 2, 16), 4, AMBIGUOUS))
 def test_the_true_reading_is_never_dropped(drawn):
     equations, true, _ = solved(*drawn)
     for number, unknown in enumerate(equations.unknowns):

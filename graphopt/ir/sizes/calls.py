@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -12,6 +13,9 @@ from graphopt.ir.sizes.slots import leaves, with_leaves
 
 if TYPE_CHECKING:
     from graphopt.ir.sizes.equations import SizeEquations
+
+
+_Working = tuple[int, Row, tuple[Any, ...]]  # how well it keeps tokens, and the values
 
 
 class SizeConflictError(Exception):
@@ -37,24 +41,26 @@ class Call:
         """Return the values at the trial counts for the combinations that work.
 
         A reshape that keeps tokens whole rules out one that would scramble them, and
-        of those one that keeps their axis rules out one that merges it with others.
+        of those one that keeps their axis rules out one that merges it with others;
+        but not one of another input: what came before may have misread that.
         """
-        found: dict[Row, tuple[Any, ...]] = {}
-        whole: dict[Row, tuple[Any, ...]] = {}
-        apart: dict[Row, tuple[Any, ...]] = {}
+        inputs = len(members) - len(self.own)
+        found: dict[Row, list[_Working]] = {}
         for row in possible:
             chosen = dict(zip(members, row, strict=True))
             sources = {n: self._row(n, chosen) for n in self.node.all_input_nodes}
             result = self._results(sources, chosen)
             if result is not None:
-                found[row] = result
-                if self._keeps_tokens(sources, result):
-                    whole[row] = result
-                    if self._keeps_axes(sources, result):
-                        apart[row] = result
+                rank = self._rank(sources, result)
+                found.setdefault(row[:inputs], []).append((rank, row, result))
         if not found:
             raise SizeConflictError(self.node, _first_line(self.error))
-        return apart or whole or found
+        return dict(pair for alike in found.values() for pair in _best(alike))
+
+    def _rank(self, sources: dict[fx.Node, Any], result: Any) -> int:
+        if not self._keeps_tokens(sources, result):
+            return 0
+        return 2 if self._keeps_axes(sources, result) else 1
 
     def _results(self, sources: dict[fx.Node, Any], chosen: dict[int, int]) -> Any:
         """Return the value at each trial count, or None where one is refused."""
@@ -98,6 +104,11 @@ class Call:
             new[leaf] = readings[chosen[unknown]].values[point]
         args, kwargs = with_leaves(self.node, new)
         return self.equations.runs.call(self.node, args, kwargs)
+
+
+def _best(working: list[_Working]) -> Iterator[tuple[Row, tuple[Any, ...]]]:
+    most = max(rank for rank, _, _ in working)
+    return ((row, result) for rank, row, result in working if rank == most)
 
 
 def _first_line(error: Exception | None) -> str:
