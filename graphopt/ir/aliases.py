@@ -29,7 +29,7 @@ class Aliases:
         self, node: fx.Node, after: fx.Node | None = None, before: fx.Node | None = None
     ) -> bool:
         """Tell whether ``node``'s memory is written (between two nodes, if given)."""
-        storage = _storage(value_of(node))
+        storage = storage_of(value_of(node))
         places = self._writes.get(storage, []) if storage is not None else []
         first = -1 if after is None else self._order[after]
         last = len(self._order) if before is None else self._order[before]
@@ -44,14 +44,15 @@ def _written(node: fx.Node) -> list[int]:
     found += [node.kwargs["out"]] if "out" in node.kwargs else []
     flat: list[Any] = []
     fx.map_arg(found, flat.append)
-    storages = [_storage(value_of(item)) for item in flat]
+    storages = [storage_of(value_of(item)) for item in flat]
     return [storage for storage in storages if storage is not None]
 
 
-def _storage(value: Any) -> int | None:
+def storage_of(value: Any) -> int | None:
+    """Return what tells the memory of a tensor from others'; None where it has none."""
     if not isinstance(value, torch.Tensor):
         return None
     try:
         return int(value.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse and other tensors without one
+    except (NotImplementedError, RuntimeError):  # a sharded or sparse tensor
         return None

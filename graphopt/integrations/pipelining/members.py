@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from graphopt.errors import ModelError
+from graphopt.ir.aliases import storage_of
 from graphopt.ir.dce import has_effect
 from graphopt.ir.match import is_mutating, value_of
 
@@ -159,14 +160,4 @@ def storages(node: fx.Node) -> list[int]:
     """Return the storages of the tensors that a node stands for."""
     value = value_of(node)
     values = value if isinstance(value, (tuple, list)) else [value]
-    return [int(v.untyped_storage()._cdata) for v in values if _has_storage(v)]
-
-
-def _has_storage(value: Any) -> bool:
-    if not isinstance(value, torch.Tensor):
-        return False
-    try:
-        value.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # a sharded or sparse tensor
-        return False
-    return True
+    return [known for v in values if (known := storage_of(v)) is not None]
