@@ -93,7 +93,7 @@ class PageSelection(Pass):
         """A table that cannot be read is an error of the config, not of a graph."""
         if self.table is not None:
             try:
-                self._table()
+                self.heads_table()
             except ConfigError as error:
                 raise ValueError(str(error)) from None
         return self
@@ -105,19 +105,20 @@ class PageSelection(Pass):
         return {
             "kv_dtype": kept,
             "statistics": self.statistics,
-            "streaming": self._streaming(),
+            "streaming": self.streaming(),
             **sizes,
         }
 
-    def _streaming(self) -> list[list[int]] | None:
+    def streaming(self) -> list[list[int]] | None:
         """Return the streaming KV heads of each layer, None without a table."""
-        table = self._table()
+        table = self.heads_table()
         if table is None:
             return None
         rows = (enumerate(row) for row in table.layers)
         return [[h for h, p in row if p.pattern == "streaming"] for row in rows]
 
-    def _table(self) -> HeadTable | None:
+    def heads_table(self) -> HeadTable | None:
+        """Return DuoAttention's table of KV heads, None without one."""
         if self.table is None:
             return None
         table = read_table(self.table, self.sparsity)
@@ -127,7 +128,7 @@ class PageSelection(Pass):
 
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Rewrite the decoding sites that read pages."""
-        table = self._table()
+        table = self.heads_table()
         if table is not None and (wrong := table.refusal(model)):
             return PassResult(False, (wrong,))
         remarks = [self._visit(model, site) for site in model.attention]

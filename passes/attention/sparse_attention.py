@@ -147,7 +147,7 @@ class SparseAttention(Pass):
     def _read(self) -> None:
         """A table that cannot be read is an error of the config, not of a graph."""
         try:
-            self._table()
+            self.heads_table()
         except ConfigError as error:
             raise ValueError(str(error)) from None
 
@@ -164,7 +164,7 @@ class SparseAttention(Pass):
             return PassResult(False, (missed("graph", "sharded", str(error)),))
         if remarks := self._out_of_range(model, share.ranks):
             return PassResult(False, tuple(remarks))
-        table = self._table()
+        table = self.heads_table()
         if table is not None and (wrong := table.refusal(model, share.ranks)):
             return PassResult(False, (wrong,))
         remarks = [self._visit(model, site, share, context) for site in model.attention]
@@ -190,7 +190,8 @@ class SparseAttention(Pass):
             if i >= limit
         ]
 
-    def _table(self) -> HeadTable | None:
+    def heads_table(self) -> HeadTable | None:
+        """Return the table of heads that is named, None without one."""
         return read_table(self.table, self.sparsity) if self.table else None
 
     def _visit(
@@ -239,7 +240,7 @@ class SparseAttention(Pass):
 
     def _head_patterns(self, site: AttentionSite, ranks: int) -> list[HeadPattern]:
         """Return the pattern of every head of the model, whose part is at ``site``."""
-        result, table = [], self._table()
+        result, table = [], self.heads_table()
         group = site.num_heads // site.num_kv_heads
         for head in range(site.num_heads * ranks):
             found = self._base()

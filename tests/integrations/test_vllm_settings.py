@@ -7,7 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from graphopt.errors import ConfigError
-from graphopt.integrations.vllm.settings import BACKEND, check_backend, read_settings
+from graphopt.integrations.vllm.settings import (
+    BACKEND,
+    check_attention,
+    check_backend,
+    read_settings,
+)
 
 
 def config(settings, stages=1, draft=None):
@@ -46,7 +51,7 @@ def test_passes_go_to_the_graph_and_to_attention():
         ("token-drop", "cache blocks for all layers alike"),
         ("chunked-prefill", "scheduler"),
         ("packed-prefill", "no padding"),
-        ("page-selection", "one table of blocks"),
+        ("page-selection{kv_dtype=int8}", "in the model's dtype; leave it out"),
         ("sparse-attention{pattern=vertical-slash}", "a chunk at a time"),
         ("sparse-attention{pattern=antidiagonal}", "a chunk at a time"),
         ("logit-arithmetic", "'ensemble'"),
@@ -110,3 +115,49 @@ def test_pairs_are_checked():
         read_settings(config({"ensemble": {"pair": []}}))
     with pytest.raises(ConfigError, match="speculative"):
         read_settings(config({"ensemble": pair()}, draft=object()))
+
+
+def served(given, block_size=128, connector=None):
+    """Return settings, and vLLM's config of a model of 2 layers, 4 heads and 2 of keys.
+
+    Block size and connector are vLLM's.
+    """
+    made = config({"config": given})
+    text = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4)
+    made.model_config.hf_text_config = text
+    made.model_config.get_total_num_kv_heads = lambda: 2
+    made.cache_config = SimpleNamespace(block_size=block_size)
+    made.kv_transfer_config = connector
+    return read_settings(made), made
+
+
+def test_pages_are_whole_parts_of_blocks():
+    check_attention(*served("page-selection", 64))
+    check_attention(*served("page-selection", 128))
+    with pytest.raises(ConfigError, match="use --block-size 128"):
+        check_attention(*served("page-selection", 96))
+
+
+def test_keys_that_are_not_written_here_have_no_statistics():
+    check_attention(*served("sparse-attention", connector=object()))
+    with pytest.raises(ConfigError, match="a KV connector brings"):
+        check_attention(*served("page-selection", connector=object()))
+
+
+def test_tables_of_heads(tmp_path):
+    """As a search writes them; patterns that select and other models are refused."""
+    rows = [f"[[heads]]\nlayers = [{i}]\nheads = [0]\n" for i in range(2)]
+    own, streaming = tmp_path / "own.toml", tmp_path / "gates.tsv"
+    own.write_text(f'{rows[0]}pattern = "a-shape"\nwindow = 64\n')
+    check_attention(*served(f'sparse-attention{{table="{own}"}}'))
+    own = tmp_path / "selecting.toml"
+    own.write_text(f'{rows[1]}pattern = "vertical-slash"\n')
+    with pytest.raises(ConfigError, match=r"'vertical-slash'.* a chunk at a time"):
+        served(f'sparse-attention{{table="{own}"}}')
+    streaming.write_text("0.9\t0.1\n0.2\t0.8\n")
+    for name in ("sparse-attention", "page-selection"):
+        check_attention(*served(f'{name}{{table="{streaming}"}}'))
+    wide = tmp_path / "wide.tsv"
+    wide.write_text("0.9\t0.1\t0.4\n0.2\t0.8\t0.3\n")
+    with pytest.raises(ConfigError, match="3 KV heads in layer 0, the model 2"):
+        check_attention(*served(f'page-selection{{table="{wide}"}}'))

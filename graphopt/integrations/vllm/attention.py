@@ -1,9 +1,9 @@
-"""Sparse attention on a CPU: vLLM's paged cache, read by graphopt's kernel.
+"""Attention on a CPU: vLLM's paged cache, read by graphopt's kernels.
 
-vLLM asks for `Backend` while it builds a model. Without ``sparse-attention`` in the
-settings that is vLLM's own. Keys and values lie in vLLM's blocks, of `PAGE` tokens, as
-rows of channels: vLLM's kernel has a private order, so both writing and reading are
-done here.
+vLLM asks for `Backend` while it builds a model. Without ``sparse-attention`` or
+``page-selection`` in the settings that is vLLM's own. Keys and values lie in
+vLLM's blocks, of `PAGE` tokens, as rows of channels: vLLM's kernel has a private order,
+so both writing and reading are done here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ def __getattr__(name: str) -> Any:
     from vllm.config import get_current_vllm_config_or_none
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    from graphopt.integrations.vllm.settings import check_backend, read_settings
+    from graphopt.integrations.vllm.settings import (
+        check_attention,
+        check_backend,
+        read_settings,
+    )
 
     config = get_current_vllm_config_or_none()
     if config is None:
@@ -38,6 +42,7 @@ def __getattr__(name: str) -> Any:
     check_backend(settings, config)
     if not settings.attention:
         return CPUAttentionBackend
+    check_attention(settings, config)
     from graphopt.integrations.vllm.sparse_cpu import SparseAttentionBackend
 
     return SparseAttentionBackend

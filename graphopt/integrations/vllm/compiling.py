@@ -24,7 +24,8 @@ def check_platform(settings: Settings) -> None:
 
     if settings.attention and not current_platform.is_cpu():
         raise ConfigError(
-            "vLLM: sparse-attention is offered on CPUs alone so far; leave it out"
+            f"vLLM: {settings.attention[0].name} is offered on CPUs alone so far; "
+            "leave it out"
         )
 
 
@@ -62,7 +63,7 @@ def compile_graph(
     Raises PassError for a pass that was asked for and found nothing to do.
     """
     if settings.attention:
-        _check_attention(vllm_config)
+        _check_attention(settings, vllm_config)
     pipeline = settings.options.config.pipeline
     raise_ops(gm, split_gates=any(_masks_gates(item) for item in pipeline))
     known = _guards(gm)
@@ -78,14 +79,14 @@ def compile_graph(
     return compile_rewritten(gm, inputs, settings.options, report, original)
 
 
-def _check_attention(vllm_config: Any) -> None:
+def _check_attention(settings: Settings, vllm_config: Any) -> None:
     from graphopt.integrations.vllm.sparse_cpu import sparse_layers
 
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if not sparse_layers(vllm_config) and stages == 1:
         raise PassError(
-            "vLLM: sparse-attention found no layer: the model attends by another "
-            "backend (MLA, encoders), or the options leave every head dense"
+            f"vLLM: {settings.attention[0].name} found no layer: the model attends by "
+            "another backend (MLA, encoders), or the options leave every head dense"
         )
 
 

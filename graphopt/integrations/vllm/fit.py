@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from graphopt.passes.attention.page_selection import PageSelection
+from graphopt.passes.attention.sparse_attention import SparseAttention
 from graphopt.passes.base import Pass
 
 # Passes that are attention here, and no rewrites of a graph.
@@ -27,10 +29,9 @@ _CORE = (
     "a prompt's core neurons belong to its request, and vLLM keeps no state of others "
     "by request; use method = 'cats' or 'teal'"
 )
-_PAGES = (
-    "vLLM's cache has one table of blocks for all heads of a layer and keeps no "
-    "statistics of keys that pages could be chosen by; use sparse-attention with a "
-    "window"
+_CODES = (
+    "kv_dtype = '{}': keys and values lie in vLLM's cache, in the model's dtype; leave "
+    "it out"
 )
 _STATIC = ("a-shape", "streaming", "sliding-window", "dense")
 _SELECTING = (
@@ -43,21 +44,17 @@ def refusal(item: Pass) -> str:
     """Return why vLLM cannot have ``item``; nothing where it can."""
     if item.name == "neuron-mask" and item.options().get("method", "core") == "core":
         return _CORE
-    if item.name == "page-selection":
-        return _PAGES
-    if item.name == "sparse-attention":
+    if isinstance(item, PageSelection):
+        return "" if item.kv_dtype == "model" else _CODES.format(item.kv_dtype)
+    if isinstance(item, SparseAttention):
         return _selecting(item)
     return _REASONS.get(item.name, "")
 
 
-def _selecting(item: Pass) -> str:
-    given = item.options()
-    patterns = [given.get("pattern", "a-shape")]
-    patterns += [rule.pattern for rule in given.get("heads", []) if rule.pattern]
+def _selecting(item: SparseAttention) -> str:
+    table = item.heads_table()
+    rules = [*item.heads, *(table.rules if table else ())]
+    patterns = [item.pattern, *(r.pattern for r in rules if r.pattern)]
+    patterns += [p.pattern for layer in (table.layers if table else ()) for p in layer]
     wrong = next((p for p in patterns if p not in _STATIC), None)
     return _SELECTING.format(wrong) if wrong else ""
-
-
-def reads_weights(item: Pass) -> bool:
-    """Tell whether ``item`` may look at linears, so that they must not be packed."""
-    return item.name not in ATTENTION

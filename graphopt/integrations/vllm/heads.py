@@ -7,6 +7,7 @@ from functools import cached_property
 
 from graphopt.errors import ConfigError
 from graphopt.passes.attention.heads import UNBOUNDED, HeadPattern
+from graphopt.passes.attention.page_selection import PageSelection
 from graphopt.passes.attention.plans import StaticPlan, layer_plan
 from graphopt.passes.attention.sparse_attention import SparseAttention
 
@@ -37,9 +38,21 @@ class LocalHeads:
             )
         return Plan(found.pattern, found.pairs)
 
+    def rings(self, item: PageSelection) -> list[int]:
+        """Return the local KV heads that see a ring only when they decode."""
+        streaming = item.streaming()
+        if streaming is None:
+            return []
+        heads = range(self.first // self.group, self._last // self.group + 1)
+        return [i for i, head in enumerate(heads) if head in streaming[self.layer]]
+
+    @property
+    def _last(self) -> int:
+        return self.first + self.count - 1
+
     def _pattern(self, item: SparseAttention, local: int) -> HeadPattern:
         head = self.first + local
-        found, table = item._base(), item._table()
+        found, table = item._base(), item.heads_table()
         if table is not None:
             found = table.pattern(self.layer, head, self.group, found)
         for rule in item.heads:

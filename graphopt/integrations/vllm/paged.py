@@ -7,6 +7,8 @@ row with a table of its own, so that heads need no layout of their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def blocks(cache: Tensor) -> Tensor:
     count, heads, page, both = cache.shape
     if page != PAGE or not cache.is_contiguous():
         raise ConfigError(
-            f"vLLM: sparse-attention: a cache of blocks of {page} tokens, strides "
+            f"vLLM: graphopt's attention: a cache of blocks of {page} tokens, strides "
             f"{cache.stride()}; blocks are multiples of {PAGE} in one piece each"
         )
     return cache.view(count, heads, 2, PAGE, both // 2)
@@ -49,10 +51,12 @@ def attend(
     plan: Plan,
     scale: float,
     softcap: float,
+    only: Sequence[int] | None = None,
 ) -> None:
     """Write attention of query [N, Hq, D] to ``output`` for the requests of ``which``.
 
-    Keys and values of all their tokens are in ``cache``.
+    Keys and values of all their tokens are in ``cache``. ``only``: KV heads, all of one
+    pattern; the other heads of ``output`` are left.
     """
     starts, past, table = which
     first, last = int(starts[0]), int(starts[-1])
@@ -62,7 +66,7 @@ def attend(
         x[first:last].view(tokens, heads, group, channels) for x in (query, output)
     )
     pool = blocks(cache).view(1, -1, PAGE, channels)
-    for sink, window, part in _alike(plan, heads, group):
+    for sink, window, part in _alike(plan, only or range(heads), group):
         lines = torch.tensor(part, dtype=torch.int32)[:, None]
         # Rows are (head, request): the heads' tokens lie one behind the other.
         places = torch.arange(len(part), dtype=torch.int32)[:, None]
@@ -90,13 +94,13 @@ def attend(
 
 
 def _alike(
-    plan: Plan, heads: int, group: int
+    plan: Plan, heads: Sequence[int], group: int
 ) -> list[tuple[list[int], list[int], list[int]]]:
     """Return (sink, window, KV heads) of the heads that have the same table."""
     if len(plan.pairs) == 1:
-        return [(plan.sink, plan.window, list(range(heads)))]
+        return [(plan.sink, plan.window, list(heads))]
     found: dict[tuple[tuple[int, int], ...], list[int]] = {}
-    for head in range(heads):
+    for head in heads:
         own = plan.pairs[head * group : (head + 1) * group]
         found.setdefault(own, []).append(head)
     return [

@@ -12,7 +12,11 @@ from graphopt.config import DEFAULT_FIRST, DEFAULT_LAST, PassConfig
 from graphopt.errors import ConfigError
 from graphopt.integrations.vllm.fit import ATTENTION, refusal
 from graphopt.integrations.vllm.pairs import Pairs, read_pairs
+from graphopt.ops.pages import PAGE
 from graphopt.options import BackendOptions, parse_options
+from graphopt.passes.attention.head_tables import HeadTable
+from graphopt.passes.attention.page_selection import PageSelection
+from graphopt.passes.attention.sparse_attention import SparseAttention
 from graphopt.passes.base import Pass
 
 BACKEND = "graphopt.integrations.vllm.backend"
@@ -31,6 +35,24 @@ class Settings:
     options: BackendOptions
     attention: tuple[Pass, ...] = ()
     pairs: Pairs | None = None
+
+    @property
+    def sparse(self) -> SparseAttention | None:
+        """Return what prompts' tokens see; None for everything before them."""
+        found = [p for p in self.attention if isinstance(p, SparseAttention)]
+        return found[-1] if found else None
+
+    @property
+    def pages(self) -> PageSelection | None:
+        """Return how decoded tokens choose pages; None where they see all."""
+        found = [p for p in self.attention if isinstance(p, PageSelection)]
+        return found[-1] if found else None
+
+    @property
+    def tables(self) -> list[HeadTable]:
+        """Return the tables of heads that attention was given."""
+        given = [p.heads_table() for p in (self.sparse, self.pages) if p is not None]
+        return [table for table in given if table is not None]
 
 
 def read_settings(vllm_config: Any) -> Settings:
@@ -66,6 +88,26 @@ def check_backend(settings: Settings, vllm_config: Any) -> None:
             f"vLLM: {names}: vLLM hands over no graphs; start it with -cc.mode=2 "
             f"-cc.backend={BACKEND}, and without --enforce-eager"
         )
+
+
+def check_attention(settings: Settings, vllm_config: Any) -> None:
+    """Raise ConfigError for a model, a cache or a start that attention cannot have."""
+    model, size = vllm_config.model_config, vllm_config.cache_config.block_size
+    if size % PAGE:
+        raise ConfigError(
+            f"vLLM: {settings.attention[0].name}: pages have {PAGE} tokens, and blocks "
+            f"of {size} are no multiple; use --block-size {-(-size // PAGE) * PAGE}"
+        )
+    if settings.pages is not None and vllm_config.kv_transfer_config is not None:
+        raise ConfigError(
+            "vLLM: page-selection judges keys as they are written, and those that a KV "
+            "connector brings are not; drop one of them"
+        )
+    layers = model.hf_text_config.num_hidden_layers
+    heads = model.hf_text_config.num_attention_heads
+    for table in settings.tables:
+        if wrong := table.mismatch(layers, heads, model.get_total_num_kv_heads()):
+            raise ConfigError(f"vLLM: {wrong}; use a table of the model that is served")
 
 
 def _given(vllm_config: Any) -> dict[str, Any]:

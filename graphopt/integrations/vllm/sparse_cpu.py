@@ -2,75 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
     AttentionMetadataBuilder,
-    CommonAttentionMetadata,
 )
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from graphopt import ops as _ops  # noqa: F401  registers the operators
 from graphopt.errors import ConfigError
 from graphopt.integrations.vllm.heads import LocalHeads, Plan
 from graphopt.integrations.vllm.paged import attend, write
+from graphopt.integrations.vllm.selection import Selection
 from graphopt.integrations.vllm.settings import read_settings
+from graphopt.integrations.vllm.steps import Rows, RowsBuilder
 from graphopt.ops.pages import PAGE
-
-
-@dataclass
-class Rows:
-    """The step's requests: decodes first. Tensors are int32.
-
-    ``starts`` [R + 1] and ``past`` [R] as in `graphopt.ops.pages.ragged`, ``table``
-    [R, M]; the first ``decodes`` rows have one token each.
-    """
-
-    starts: Tensor
-    past: Tensor
-    table: Tensor
-    decodes: int
-    tokens: int
-
-
-class SparseMetadataBuilder(AttentionMetadataBuilder[Rows]):
-    """Makes `Rows` of what vLLM knows of a step."""
-
-    reorder_batch_threshold = 1  # vLLM then puts decodes first
-
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any
-    ) -> None:
-        """Arguments are vLLM's."""
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> Rows:
-        """Return the step's rows; ConfigError for attention that is not causal."""
-        common = common_attn_metadata
-        if common.causal is not True:
-            raise ConfigError(
-                "vLLM: sparse-attention: the model's attention sees ahead"
-            )
-        decodes, *_ = split_decodes_and_prefills(common, decode_threshold=1)
-        starts = common.query_start_loc.int()
-        past = common.seq_lens.int() - (starts[1:] - starts[:-1])
-        table = common.block_table_tensor.int()
-        return Rows(starts, past, table, decodes, common.num_actual_tokens)
 
 
 class SparseAttentionBackend(AttentionBackend):
@@ -103,11 +60,14 @@ class SparseAttentionBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[AttentionMetadataBuilder]:
         """Return what prepares a step."""
-        return SparseMetadataBuilder
+        return RowsBuilder
 
 
 class SparseAttentionImpl(AttentionImpl):
-    """One layer's attention: chunks of prompts by the pattern, decodes see all."""
+    """One layer's attention: chunks of prompts by the pattern of their heads.
+
+    Decoded tokens see all, or with `page-selection` the pages that matter.
+    """
 
     def __init__(
         self,
@@ -132,22 +92,37 @@ class SparseAttentionImpl(AttentionImpl):
             f"a cache of {kv_cache_dtype}": kv_cache_dtype != "auto",
         }
         if wrong := [what for what, found in unknown.items() if found]:
-            raise ConfigError(f"vLLM: sparse-attention has no {wrong[0]}")
+            raise ConfigError(f"vLLM: graphopt's attention has no {wrong[0]}")
         self.num_heads, self.head_size = num_heads, head_size
         self.num_kv_heads, self.scale = num_kv_heads, float(scale)
         self.softcap = float(logits_soft_cap or 0.0)
-        self._items = read_settings(get_current_vllm_config()).attention
+        config = get_current_vllm_config()
+        self._settings = read_settings(config)
+        self._total_kv_heads = config.model_config.get_total_num_kv_heads()
         self._plan: Plan | None = None
+        self._selection: Selection | None = None
 
     def plan_of(self, layer: Attention) -> Plan:
-        """Return what the heads of ``layer`` on this rank see."""
+        """Return what prompts' tokens see with the heads of ``layer`` on this rank."""
         if self._plan is None:
-            first = get_tensor_model_parallel_rank() * self.num_heads
-            group = self.num_heads // self.num_kv_heads
-            index = extract_layer_index(layer.layer_name)
-            heads = LocalHeads(index, first, self.num_heads, group)
-            self._plan = heads.plan(self._items[-1])  # type: ignore[arg-type]
+            item, heads = self._settings.sparse, self._heads(layer)
+            self._plan = Plan("causal") if item is None else heads.plan(item)
         return self._plan
+
+    def selection_of(self, layer: Attention) -> Selection | None:
+        """Return how pages are chosen; None where decoded tokens see all."""
+        item = self._settings.pages
+        if self._selection is None and item is not None:
+            self._selection = Selection(item, self._heads(layer).rings(item))
+        return self._selection
+
+    def _heads(self, layer: Attention) -> LocalHeads:
+        """Return which heads these are; ranks may hold copies of a KV head."""
+        ranks = get_tensor_model_parallel_world_size()
+        group = self.num_heads * ranks // self._total_kv_heads
+        first = get_tensor_model_parallel_rank() * self.num_heads
+        index = extract_layer_index(layer.layer_name)
+        return LocalHeads(index, first, self.num_heads, group)
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor
@@ -170,25 +145,26 @@ class SparseAttentionImpl(AttentionImpl):
         """Write attention of query [N, Hq, D] to ``output``, alike, and return it."""
         if attn_metadata is None:  # warming up
             return output
-        rows, plan = attn_metadata, self.plan_of(layer)
-        how = {"scale": self.scale, "softcap": self.softcap}
-        cut = rows.decodes
-        parts = ((0, cut, Plan("causal")), (cut, len(rows.past), plan))
-        for first, last, pattern in parts:
-            if first < last:
-                starts = rows.starts[first : last + 1]
-                which = (starts, rows.past[first:last], rows.table[first:last])
-                attend(output, query, kv_cache, which, pattern, **how)
+        rows, selection = attn_metadata, self.selection_of(layer)
+        how = (self.scale, self.softcap)
+        if selection is not None:
+            selection.write(kv_cache, rows.parts, rows.reading)
+            selection.attend(output, query, kv_cache, rows.decoding, *how)
+        elif rows.decodes:
+            attend(output, query, kv_cache, rows.decoding, Plan("causal"), *how)
+        if rows.decodes < len(rows.past):
+            plan = self.plan_of(layer)
+            attend(output, query, kv_cache, rows.reading, plan, *how)
         return output
 
 
 def sparse_layers(vllm_config: Any) -> list[str]:
-    """Return the names of the layers in which some head does not see everything."""
+    """Return the names of the layers in which some token does not see everything."""
     layers = vllm_config.compilation_config.static_forward_context.items()
     impls = ((name, x, getattr(x, "impl", None)) for name, x in layers)
     return [
         name
         for name, layer, impl in impls
         if isinstance(impl, SparseAttentionImpl)
-        and impl.plan_of(layer).pattern != "causal"
+        and (impl.selection_of(layer) or impl.plan_of(layer).pattern != "causal")
     ]

@@ -53,7 +53,7 @@ def append_reference(
     store(key, key_pages, key_scales, page, slot)
     store(value, value_pages, value_scales, page, slot)
     if statistics is not None:
-        judge = _extremes if extremes else _spread
+        judge = least_and_greatest if extremes else mean_and_spread
         _update(statistics, key_pages, key_scales, past, new, table, judge)
 
 
@@ -94,13 +94,13 @@ def _update(
     statistics[:, page] = torch.stack(judge(parts, held), 4).to(statistics.dtype)
 
 
-def _extremes(parts: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+def least_and_greatest(parts: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     """Return the least and greatest of ``parts`` [..., LOGICAL, D] that are held."""
     low = parts.masked_fill(~held, float("inf")).amin(-2)
     return low, parts.masked_fill(~held, float("-inf")).amax(-2)
 
 
-def _spread(parts: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_spread(parts: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     """Return their mean less and plus `SPREAD` standard deviations; NaN for none."""
     wide = parts.to(torch.promote_types(parts.dtype, torch.float32))
     count = held.sum(-2)
