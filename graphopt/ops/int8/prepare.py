@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from graphopt.ops.int8.weights import Int8Weight, on_file, page_out
+from graphopt.memory import page_out
+from graphopt.ops.int8.weights import Int8Weight, on_file
 from graphopt.ops.prepared import Prepared
 
 prepared = Prepared(Int8Weight)

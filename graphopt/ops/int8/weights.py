@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import sys
 import tempfile
 import threading
 from typing import Any
@@ -66,23 +64,6 @@ def on_file(tensor: Tensor) -> tuple[Tensor, mmap.mmap]:
             "them in memory with weights = 'memory'"
         ) from None
     return torch.frombuffer(held, dtype=whole.dtype).view(whole.shape), held
-
-
-_PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4: drop clean pages, lose nothing
-
-
-def page_out(tensor: Tensor) -> None:
-    """Let go of the memory of ``tensor`` as far as a file holds it; it stays readable.
-
-    Models that were loaded from safetensors are maps of the file, which stay whole as
-    long as one of their parameters is used. Does nothing where the system cannot.
-    """
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    size = (tensor.data_ptr() + tensor.nbytes - start) // page * page
-    if sys.platform == "linux" and size > 0:
-        advise = ctypes.CDLL(None).madvise
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(size), _PAGE_OUT)
 
 
 class ShadowColumns:
