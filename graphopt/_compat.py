@@ -247,6 +247,12 @@ def real_value(node: fx.Node) -> torch.Tensor | None:
     return value if real else None
 
 
+def local_part(value: torch.Tensor) -> torch.Tensor:
+    """Return what this process holds of a tensor: of a DTensor its part, else all."""
+    part: torch.Tensor = getattr(value, "_local_tensor", value)
+    return part
+
+
 def copy_source(old: fx.Node, new: fx.Node) -> None:
     """Tell of ``new`` what Dynamo hung on ``old``: AOTAutograd asks every input."""
     if hasattr(old, "_dynamo_source"):

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from graphopt._compat import local_part
 from graphopt.codegen.cache import cache_dir
 from graphopt.errors import ModelError, did_you_mean
+from graphopt.memory import page_out_files
 
 # alias -> (distribution, module, file inside the module's folder)
 ALIASES = {
@@ -59,6 +61,8 @@ def load(model: str, dtype: torch.dtype = torch.float32, ranks: int = 1) -> Load
         options = {"dtype": dtype, **_shared_out(ranks)}
         module = _model_class(name).from_pretrained(name, **options).eval()
     _refuse_nan(module, model)
+    if ranks > 1:
+        page_out_files(".safetensors")  # of which this rank has copied its part
     return LoadedModel(module, _tokenizer(name), model)
 
 
@@ -241,7 +245,7 @@ def _refuse_nan(module: torch.nn.Module, model: str) -> None:
         weight: torch.Tensor = parameter
         if not weight.is_floating_point() or weight.is_meta:
             continue
-        weight = getattr(weight, "_local_tensor", weight)  # of one rank of several
+        weight = local_part(weight)
         if weight.detach().sum(dtype=torch.float32).isnan() and weight.isnan().any():
             count = int(weight.isnan().sum())
             raise ModelError(

@@ -160,7 +160,6 @@ def _shared_out(ranks: Ranks, split: Split, job: Job, forced: list[int]) -> Outc
 def _pipelined(split: Split, job: Job, forced: list[int]) -> Outcome:
     from graphopt.cli.side import Outcome
     from graphopt.integrations.pipelining.run import generate
-    from graphopt.memory import peak_mb
 
     config = job.config if job.backend == "graphopt" else ""
     asked = (job.model, config, job.prompt, job.max_new_tokens, split.tp, split.pp)
@@ -174,7 +173,7 @@ def _pipelined(split: Split, job: Job, forced: list[int]) -> Outcome:
         found.prefill_seconds,
         max(len(found.tokens) - 1, 0) / max(found.decode_seconds, 1e-9),
         found.compile_seconds,
-        peak_mb(),
+        found.peak_mb,
         found.utilisation,
         None if found.logits is None else found.logits.numpy(),
         [report.as_dict() for report in found.reports],

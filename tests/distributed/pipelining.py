@@ -93,6 +93,7 @@ def ragged(job: dict[str, Any], mesh: Any, config: str) -> dict[str, Any]:
         max_length=192,
         per_rank=job["per_rank"],
         host=job["host"],
+        device=job["device"],
     )
     kept = sum(
         t.untyped_storage().nbytes() for c in pipe.caches.values() for t in c.keys
@@ -174,11 +175,12 @@ def requests(job: dict[str, Any], mesh: Any, config: str) -> dict[str, Any]:
         per_rank=job["per_rank"],
         host=job["host"],
         max_tokens=192,
+        device=job["device"],
     )
     calls = [token_ids(1, 140, seed=row) for row in range(2)]
     theirs = [Cache.from_config(config, whole, max_tokens=192) for _ in calls]
     plain = [Cache(max_tokens=192) for _ in calls]
-    found = {"difference": 0.0, "effect": 0.0, "released": 0}
+    found = {"difference": 0.0, "effect": 0.0, "released": pipe.released}
     for step in range(3):
         rows = pipe.run([(row, ids[0].tolist()) for row, ids in enumerate(calls)])
         for row, ids in enumerate(calls if compares else ()):
@@ -188,9 +190,16 @@ def requests(job: dict[str, Any], mesh: Any, config: str) -> dict[str, Any]:
             _note(found, "effect", rows[row] - unmodified)
         calls = [row.argmax().reshape(1, 1) for row in rows]
         if step == 1:
-            found["released"] = pipe.staged.release()
+            found["released"] += pipe.staged.release()
+            found["page_bytes"] = _page_bytes(pipe)
     records = [r for report in pipe.staged.reports for r in report.records]
     return {**found, "changed": sum(record.changed for record in records)}
+
+
+def _page_bytes(pipe: RequestPipeline) -> list[int]:
+    """Return what is kept of the first request's keys, layer by layer."""
+    ((_, cache),) = pipe._caches[0].items()
+    return [layer.full.keys.untyped_storage().nbytes() for layer in cache.layers]
 
 
 def _last(model: Any, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -207,7 +216,7 @@ def _note(found: dict[str, Any], name: str, difference: torch.Tensor) -> None:
 @torch.no_grad()
 def main() -> None:
     """Run what the job asks for."""
-    job = {"tp": 1, "per_rank": 1, "host": "traced", "layers": 2}
+    job = {"tp": 1, "per_rank": 1, "host": "traced", "layers": 2, "device": None}
     job |= json.loads(sys.argv[1])
     ranks = int(os.environ["WORLD_SIZE"])
     mesh = pipeline_mesh(job["tp"], ranks // job["tp"])

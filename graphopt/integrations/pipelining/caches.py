@@ -29,6 +29,13 @@ def stage_cache(config: Any, model: Any, layers: range, **options: Any) -> Cache
     return cache
 
 
+def keep_layers(cache: Cache, layers: range) -> None:
+    """Give up the pages of other layers; they were made by a call that needed sizes."""
+    others = [x for i, x in enumerate(cache.layers) if i not in layers]
+    made = [layer for layer in others if layer.is_initialized]
+    give_up([tensor for layer in made for tensor in layer.tensors()])
+
+
 def give_up(tensors: list[Tensor]) -> int:
     """Free the memory of tensors that nothing reads; return the bytes.
 

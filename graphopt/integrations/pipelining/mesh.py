@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from graphopt.errors import ConfigError, ModelError
+from graphopt.memory import page_out_files
 
 
 def pipeline_mesh(tp: int, pp: int, device: str = "cpu") -> DeviceMesh:
@@ -67,3 +68,4 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     # the first stage alone, so that it stays whole.
     plan = {n: kind for n, kind in plans[0].items() if "embedding" not in kind}
     apply_tensor_parallelism(model, mesh, plan)
+    page_out_files(".safetensors")

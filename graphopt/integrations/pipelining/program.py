@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from graphopt._compat import local_part
 from graphopt.errors import ModelError
 from graphopt.integrations.pipelining.caches import give_up
 from graphopt.integrations.pipelining.cut import Part
@@ -79,13 +80,7 @@ def _is_parameter(value: Any) -> bool:
 def release(programs: Iterable[Program]) -> int:
     """Free the weights that no stage of this process reads; return the bytes."""
     known = [(p.reads, i, x) for p in programs for i, x in p.parameters.items()]
-    read = [_local(x) for reads, place, x in known if place in reads]
+    read = [local_part(x) for reads, place, x in known if place in reads]
     kept = {x.untyped_storage().data_ptr() for x in read}
-    found = [_local(x) for _, _, x in known]
+    found = [local_part(x) for _, _, x in known]
     return give_up([x for x in found if x.untyped_storage().data_ptr() not in kept])
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """Return this rank's part of a sharded parameter."""
-    part: Tensor = getattr(parameter, "_local_tensor", parameter)
-    return part

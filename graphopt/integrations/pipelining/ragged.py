@@ -18,6 +18,7 @@ from graphopt.config import load_config
 from graphopt.errors import ConfigError, ModelError
 from graphopt.integrations.pipelining.agreement import agree
 from graphopt.integrations.pipelining.caches import give_up, stage_layers
+from graphopt.integrations.pipelining.placing import place
 from graphopt.integrations.pipelining.schedule import Pipeline
 from graphopt.integrations.pipelining.staged import StagedModel
 from graphopt.ops.pages import PAGE, pages_of
@@ -37,6 +38,7 @@ class RaggedPipeline:
     requests of all micro-batches; a stage keeps those of its own layers. At most
     ``rows`` requests run in a micro-batch, each of at most ``max_length`` tokens.
     ``config``: passes, as of `graphopt.compile`, that run after `ragged-batch`.
+    ``device``: as of `RequestPipeline`.
 
     Every rank calls it alike, with the same model, config and micro-batches. Raises
     ConfigError for a model whose attention rows cannot share, ModelError for one that
@@ -57,6 +59,7 @@ class RaggedPipeline:
         max_length: int | None = None,
         per_rank: int = 1,
         host: str = "inductor",
+        device: torch.device | str | None = None,
     ) -> None:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         stages = ranks * per_rank
@@ -70,11 +73,15 @@ class RaggedPipeline:
         text = "" if config is None else load_config(config).text()
         options = {"config": ",".join(filter(None, ("ragged-batch", text)))}
         own = range(rank, stages, ranks)
+        shapes = layer_shapes(model)
+        kept = {stage: stage_layers(len(shapes), stages, stage) for stage in own}
+        self.released = 0
+        if device is not None:
+            self.released = place(model, kept.values(), device, text)
         self.staged = StagedModel(Step(model), stages, own, options, host, self._check)
         weight = next(model.parameters())
         self._device = weight.device
         row_pages = min(pages, pages_of(max_length)) if max_length else pages
-        shapes = layer_shapes(model)
         self.caches = {
             stage: RaggedCache(
                 shapes, pages, self.rows, row_pages, weight.dtype, weight.device
@@ -82,7 +89,7 @@ class RaggedPipeline:
             for stage in own
         }
         for stage, cache in self.caches.items():
-            _keep(cache, stage_layers(len(shapes), stages, stage))
+            _keep(cache, kept[stage])
         self._pipeline = Pipeline(self.staged, group, per_rank)
         self._pipeline.open(
             "", self._call([Piece(0, (0,) * 7, 0, (0,), True)], _TRACED)

@@ -6,7 +6,7 @@ page selection, neuron masks, dropped tokens.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from graphopt.errors import ModelError
 from graphopt.integrations.pipelining.agreement import agree
-from graphopt.integrations.pipelining.caches import stage_cache, stage_layers
+from graphopt.integrations.pipelining.caches import (
+    keep_layers,
+    stage_cache,
+    stage_layers,
+)
+from graphopt.integrations.pipelining.placing import place
 from graphopt.integrations.pipelining.schedule import Pipeline
 from graphopt.integrations.pipelining.staged import StagedModel
 from graphopt.learngene.stack import find_stack
@@ -27,8 +32,12 @@ class RequestPipeline:
     """Runs prompts and decoding steps of requests on the stages of a pipeline.
 
     Each stage keeps a `graphopt.Cache` a request, made for ``config``, of which it
-    fills its own layers. ``max_tokens``: room in each, made once. Calls of one step
-    have the same number of tokens. Every rank calls it alike.
+    fills its own layers. ``max_tokens``: room in each, made once; without it caches
+    grow, and a stage keeps room for all layers. Calls of one step have the same number
+    of tokens. Every rank calls it alike.
+
+    ``device``: where this rank's stages are to run. Given one, the model is moved there
+    without the layers of other stages, whose weights are given up (``released`` bytes).
 
     Raises ModelError for a model that cannot be cut at its layers, RanksError where
     ranks were given different things.
@@ -43,6 +52,7 @@ class RequestPipeline:
         max_tokens: int | None = None,
         per_rank: int = 1,
         host: str = "inductor",
+        device: torch.device | str | None = None,
     ) -> None:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         self.stages = ranks * per_rank
@@ -51,6 +61,10 @@ class RequestPipeline:
         self._model, self._config, self._max_tokens = model, config, max_tokens
         self._layers = len(find_stack(model))
         own = range(rank, self.stages, ranks)
+        self._kept = {s: stage_layers(self._layers, self.stages, s) for s in own}
+        self.released = 0
+        if device is not None:
+            self.released = place(model, self._kept.values(), device, config)
         options = {"config": config}
         self.staged = StagedModel(
             _Call(model), self.stages, own, options, host, layers=self._layers
@@ -75,7 +89,15 @@ class RequestPipeline:
                 f"pipelining: calls of {lengths} tokens in one step, whose stages "
                 "exchange tensors of different sizes; run those of one length together"
             )
-        return list(self._pipeline.step(buckets[0], made)[:, -1])
+        logits = self._pipeline.step(buckets[0], made)
+        self._give_up_pages(request for request, _ in calls)
+        return list(logits[:, -1])
+
+    def _give_up_pages(self, requests: Iterable[Hashable]) -> None:
+        """Give up the pages of layers that are another stage's; growing copies them."""
+        for request in requests if self._max_tokens is not None else ():
+            for stage, cache in self._caches[request].items():
+                keep_layers(cache, self._kept[stage])
 
     def forget(self, request: Hashable) -> None:
         """Drop a request's caches."""
@@ -89,9 +111,8 @@ class RequestPipeline:
         return _RequestCall(ids, self._caches[request])
 
     def _cache(self, stage: int) -> Cache:
-        layers = stage_layers(self._layers, self.stages, stage)
         room = {} if self._max_tokens is None else {"max_tokens": self._max_tokens}
-        return stage_cache(self._config, self._model, layers, **room)
+        return stage_cache(self._config, self._model, self._kept[stage], **room)
 
 
 @dataclass(frozen=True)

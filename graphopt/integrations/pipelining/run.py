@@ -13,6 +13,7 @@ from torch import Tensor
 from graphopt.errors import ModelError
 from graphopt.integrations.pipelining.mesh import pipeline_mesh, shard
 from graphopt.integrations.pipelining.requests import RequestPipeline
+from graphopt.memory import peak_mb, reset_peak
 from graphopt.models import load
 from graphopt.report import CompileReport
 from graphopt.runtime.engine.models import for_model
@@ -25,7 +26,8 @@ class Generated:
 
     Times are in seconds. ``utilisation`` is CPU time over wall time and threads of the
     prefill: a stage waits for the others, so it is low with few micro-batches.
-    ``released_bytes``: of weights that other stages hold.
+    ``peak_mb``: of resident memory while it generates. ``released_bytes``: of weights
+    that other stages hold.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -34,6 +36,7 @@ class Generated:
     decode_seconds: float = 0.0
     compile_seconds: float = 0.0
     utilisation: float = 0.0
+    peak_mb: float = 0.0
     released_bytes: int = 0
     logits: Tensor | None = None
     reports: list[CompileReport] = field(default_factory=list)
@@ -70,18 +73,18 @@ def generate(
         raise ModelError(f"{model}: not a language model with a tokenizer")
     ends = for_model(EngineOptions(), loaded.model).eos_token_ids
     shard(loaded.model, mesh["tp"])
-    loaded.model.to(device)
     room = len(prompt) + max(max_new_tokens, len(forced), 3)
     group = mesh["pp"].get_group()
-    pipe = RequestPipeline(
-        loaded.model, group, config=config, max_tokens=room, host=host
-    )
+    asked: dict[str, Any] = {"config": config, "max_tokens": room, "host": host}
+    pipe = RequestPipeline(loaded.model, group, device=device, **asked)
     found = Generated()
     start = time.perf_counter()
     _follow(pipe, prompt, [0, 0])
     warm = time.perf_counter() - start
-    found.released_bytes = pipe.staged.release()
+    found.released_bytes = pipe.released + pipe.staged.release()
+    reset_peak()
     _timed(pipe, prompt, max_new_tokens, ends, found)
+    found.peak_mb = peak_mb()
     found.compile_seconds = max(0.0, warm - found.prefill_seconds)
     found.logits = _follow(pipe, prompt, forced or found.tokens)
     found.text = loaded.tokenizer.decode(found.tokens, skip_special_tokens=True)
