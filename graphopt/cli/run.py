@@ -11,7 +11,8 @@ import typer
 from graphopt.cli.arguments import Config, Dtype, Json, Model, dtype_of
 from graphopt.cli.ensemble import EnsembleJob, measure_ensemble, sides
 from graphopt.cli.output import print_json, print_table, progress, stdout
-from graphopt.cli.split import Split, measure_split
+from graphopt.cli.split import Split
+from graphopt.cli.split_side import measure_split
 from graphopt.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
