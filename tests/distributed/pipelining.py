@@ -1,9 +1,10 @@
 """On each rank: stages of one model, compared with the whole model in this process.
 
-Arguments: a JSON object, ``tp``, ``per_rank`` stages, ``host``, the number of
-``layers``, and what to run, each a list of pass configs: ``ragged`` micro-batches of
-chunks and decodes, ``requests`` with caches of their own. Rank 0 says the largest
-difference from the whole model under the same config, and the effect of the config.
+Arguments: JSON objects, one a pipeline: ``tp``, ``per_rank`` stages, ``host``, the
+number of ``layers``, the ``device`` to move to, and what to run, each a list of pass
+configs: ``ragged`` micro-batches of chunks and decodes, ``requests`` with caches of
+their own. Rank 0 says of each the largest difference from the whole model under the
+same config, and the effect of the config.
 """
 
 from __future__ import annotations
@@ -213,22 +214,22 @@ def _note(found: dict[str, Any], name: str, difference: torch.Tensor) -> None:
     found[name] = max(found[name], float(difference.abs().max()))
 
 
+KINDS = {"ragged": ragged, "requests": requests, "differs": differs}
+
+
 @torch.no_grad()
-def main() -> None:
-    """Run what the job asks for."""
+def run(given: dict[str, Any]) -> dict[str, Any]:
+    """Run what one job asks for."""
+    torch._dynamo.reset()
     job = {"tp": 1, "per_rank": 1, "host": "traced", "layers": 2, "device": None}
-    job |= json.loads(sys.argv[1])
-    ranks = int(os.environ["WORLD_SIZE"])
-    mesh = pipeline_mesh(job["tp"], ranks // job["tp"])
-    kinds = {"ragged": ragged, "requests": requests, "differs": differs}
-    say(
-        {
-            kind: [run(job, mesh, config) for config in job.get(kind, [])]
-            for kind, run in kinds.items()
-        }
-    )
-    dist.destroy_process_group()
+    job |= given
+    mesh = pipeline_mesh(job["tp"], int(os.environ["WORLD_SIZE"]) // job["tp"])
+    return {
+        kind: [function(job, mesh, config) for config in job.get(kind, [])]
+        for kind, function in KINDS.items()
+    }
 
 
 if __name__ == "__main__":
-    main()
+    say([run(json.loads(text)) for text in sys.argv[1:]])
+    dist.destroy_process_group()

@@ -18,8 +18,8 @@ SPARSE = "sparse-attention{pattern=a-shape,sink=4,window=16,force=true}"
 NEURONS = "neuron-mask{keep=0.4,min_tokens=0,layers=[0,1],force=true}"
 
 
-def run(ranks=2, **job):
-    return launch(SCRIPT, json.dumps(job), ranks=ranks, limit=240)
+def run(*jobs, ranks=2):
+    return launch(SCRIPT, *map(json.dumps, jobs), ranks=ranks, limit=300)
 
 
 def check_ragged(found, graphs=1):
@@ -40,34 +40,33 @@ def check_requests(found):
     assert found["page_bytes"] == [2 * 3 * 64 * 16 * 4, 0]
 
 
-def test_chunks_decodes_and_passes():
-    found = run(ragged=[""], requests=[SPARSE, NEURONS], device="cpu")
-    check_ragged(found["ragged"][0])
+def test_two_ranks():
+    """Pipelines of the same two processes, one after the other."""
+    whole = {"ragged": [""], "requests": [SPARSE, NEURONS], "device": "cpu"}
+    interleaved = {"ragged": [""], "per_rank": 2, "layers": 4}
+    differing = {"differs": ["skinny-linear"], "device": "cpu"}
+    compiled = {"ragged": [""], "host": "inductor"}
+    passes, stages, errors, code = run(whole, interleaved, differing, compiled)
+    for found in (passes, stages, code):
+        check_ragged(found["ragged"][0])
     # One of two layers, two KV heads, 16 pages of 64 tokens, 16 channels, float32.
-    assert found["ragged"][0]["page_bytes"] == 2 * 16 * 64 * 16 * 4
-    for requests in found["requests"]:
+    assert passes["ragged"][0]["page_bytes"] == 2 * 16 * 64 * 16 * 4
+    for requests in passes["requests"]:
         check_requests(requests)
+    check_errors(*errors["differs"])
 
 
-def test_interleaved_stages():
-    """Two stages on each rank; before, ranks that were given different things."""
-    found = run(per_rank=2, layers=4, differs=["skinny-linear"], ragged=[""])
-    check_ragged(found["ragged"][0])
-    (errors,) = found["differs"]
-    assert "RanksError" in errors["buckets"]
-    assert "the buckets is (16, 24) on rank 0, (16, 25) on rank 1" in errors["buckets"]
-    assert "the config is 'skinny-linear" in errors["config"]
-    assert "unknown pass" in errors["bad"] and "on rank 1" in errors["bad"]
-
-
-def test_compiled():
-    found = run(host="inductor", ragged=[""])
-    check_ragged(found["ragged"][0])
+def check_errors(found):
+    """Ranks that were given different things say so."""
+    assert "RanksError" in found["buckets"]
+    assert "the buckets is (16, 24) on rank 0, (16, 25) on rank 1" in found["buckets"]
+    assert "the config is 'skinny-linear" in found["config"]
+    assert "unknown pass" in found["bad"] and "on rank 1" in found["bad"]
 
 
 def test_heads_shared_out_within_stages():
     """Two ranks a stage, two stages: TP x PP."""
-    found = run(ranks=4, tp=2, ragged=[""], device="cpu")
+    (found,) = run({"tp": 2, "ragged": [""], "device": "cpu"}, ranks=4)
     check_ragged(found["ragged"][0])
 
 
