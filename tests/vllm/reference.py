@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import graphopt
+from tests.rewriting import rewritten
+
 Prompts = list[list[int]]
 Edit = Callable[[nn.Module], None]
 
@@ -103,3 +106,25 @@ def see_window(model: nn.Module, sink: int, window: int) -> None:
         return inner(input_ids, attention_mask=seen, **more)
 
     model.model.forward = forward
+
+
+def by_steps(folder: Path, config: str, prompts: Prompts, tokens: int, edit=None):
+    """Return the likeliest ``tokens``, decoded one by one with a `graphopt.Cache`.
+
+    The graphs are those that the passes of ``config`` make in transformers.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if edit is not None:
+        edit(model)
+    fast, found = rewritten(model, config, copied=False), []
+    for prompt in prompts:
+        cache = graphopt.Cache.from_config(config, max_tokens=512)
+        ids, past = list(prompt), 0
+
+        def logits_of(whole, cache=cache):
+            nonlocal past
+            new, past = whole[:, past:], whole.shape[1]
+            return fast(new, past_key_values=cache).logits
+
+        found.append(continued(logits_of, ids, tokens))
+    return found

@@ -7,14 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from socket import socket
 from typing import Any
+from urllib.request import urlopen
 
 ROOT = Path(__file__).parents[2]
 BACKEND = "graphopt.integrations.vllm.backend"
 LIMIT = 900  # seconds; starting takes 30 on two cores that do nothing else
+ENDING = 120
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else one of two cores is left out
@@ -52,6 +56,63 @@ def generate(
     found = [line for line in out.splitlines() if line.startswith("TOKENS ")]
     assert status == 0 and found, out[-6000:]
     return json.loads(found[-1].removeprefix("TOKENS "))
+
+
+@contextmanager
+def serving(
+    model: Path, settings: Mapping[str, Any], log: Path, *flags: str
+) -> Iterator[str]:
+    """Serve ``model`` as "it" and yield the address, once it answers.
+
+    Behind the block the server is asked to end; AssertionError with what it said where
+    it does not start, or where it or one of its processes does not end.
+    """
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(model), "--served-model-name", "it", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512"]
+    command += ["-cc.mode=2", f"-cc.backend={BACKEND}", "--max-num-seqs", "4", *flags]
+    command += ["--additional-config", json.dumps({"graphopt": dict(settings)})]
+    with log.open("w") as file:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": file}
+        with started(command, **pipes) as process:
+            wait(lambda: process.poll() is not None or _answers(port), log, LIMIT)
+            assert process.poll() is None, log.read_text()[-6000:]
+            yield f"http://127.0.0.1:{port}/v1"
+            process.send_signal(signal.SIGTERM)
+            wait(lambda: process.poll() is not None, log, ENDING)
+            wait(lambda: not alive(process.pid), log, ENDING)
+            assert process.returncode in (0, -signal.SIGTERM), log.read_text()[-6000:]
+
+
+def wait(condition: Callable[[], bool], log: Path, seconds: float) -> None:
+    """Return once ``condition`` holds; AssertionError with the log when time is over."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"over {seconds} s: {log.read_text()[-6000:]}"
+        time.sleep(0.5)
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=30):
+            return True
+    except OSError:
+        return False
+
+
+def alive(group: int) -> list[str]:
+    """Return the processes of ``group`` that run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended just now
+            name, _, fields = path.read_text().rpartition(")")
+            state, _, own = fields.split()[:3]
+            if int(own) == group and state != "Z":
+                found.append(name)
+    return found
 
 
 def _ranks(llm: Mapping[str, Any]) -> bool:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import time
-from contextlib import contextmanager
-from socket import socket
-
 import pytest
 
 from graphopt.calibration import Calibration
 from graphopt.calibration.observe import calibrate
 from graphopt.models import load
 from tests.vllm import reference
-from tests.vllm.running import BACKEND, LIMIT, generate, started
+from tests.vllm.running import LIMIT, generate, serving
+from tests.vllm.test_pages import PAGES, PROMPTS
+from tests.vllm.tiny import save
 
 TEXT = (
     "The river begins in the hills and runs through two towns before it reaches the "
     "sea. People have fished there for centuries, and every spring the water rises."
 )
 QUESTIONS = ["The capital of France is", "Water boils when", "Once upon a time there"]
+STORY = f"{TEXT} " * 8 + "One day"
 TOKENS = 10
+SELECTION = "page-selection{budget=128}"
 SPARSITY = 0.3
 
 
@@ -35,7 +32,7 @@ def smollm2(tmp_path_factory):
     found.tokenizer.save_pretrained(root / "model")
     ids = found.tokenizer(TEXT, return_tensors="pt").input_ids
     text, _ = calibrate(found.model, [ids]).write(root / "calibration")
-    prompts = [found.tokenizer(q).input_ids for q in QUESTIONS]
+    prompts = [found.tokenizer(q).input_ids for q in (*QUESTIONS, STORY)]
     return root / "model", text, prompts
 
 
@@ -50,14 +47,17 @@ def expected(smollm2):
     def edit(module):
         reference.close_gates(module, at)
 
-    found = reference.greedy(model, prompts, TOKENS, edit)
-    assert found != reference.greedy(model, prompts, TOKENS)
+    found = reference.by_steps(model, SELECTION, prompts, TOKENS, edit)
+    assert found != reference.greedy(model, prompts, TOKENS, edit)
+    # Short prompts' pages are all read: what differs is the closed gates.
+    short = prompts[: len(QUESTIONS)]
+    assert found[: len(short)] != reference.greedy(model, short, TOKENS)
     return found
 
 
 def settings(calibration):
     options = f'method=cats,sparsity={SPARSITY},thresholds="{calibration}",force=true'
-    return {"config": f"neuron-mask{{{options}}}"}
+    return {"config": f"neuron-mask{{{options}}},{SELECTION}"}
 
 
 def test_two_stages(smollm2, expected):
@@ -68,57 +68,37 @@ def test_two_stages(smollm2, expected):
     assert found == expected
 
 
-@contextmanager
-def server(model, given, log):
-    with socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(model), "--served-model-name", "it", "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512"]
-    command += ["-cc.mode=2", f"-cc.backend={BACKEND}", "--max-num-seqs", "4"]
-    command += ["--additional-config", json.dumps({"graphopt": given})]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": log}
-    with started(command, **pipes) as process:
-        yield process, f"http://127.0.0.1:{port}/v1"
+def answered(address, prompts, tokens):
+    """Return the tokens that OpenAI's client is given."""
+    from openai import OpenAI
 
-
-def connected(process, address):
-    """Return a client of the server, once it answers."""
-    from openai import APIConnectionError, OpenAI
-
-    client = OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60)
-    until = time.monotonic() + LIMIT
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            client.models.list()
-        except APIConnectionError:
-            time.sleep(1)
-        else:
-            return client
-    raise AssertionError("the server did not start")
-
-
-def test_the_server_of_one_model(smollm2, expected, tmp_path):
-    from transformers import AutoTokenizer
-
-    model, calibration, prompts = smollm2
-    with (
-        (tmp_path / "log").open("w+") as log,
-        server(model, settings(calibration), log) as (process, address),
-    ):
-        try:
-            client = connected(process, address)
-        except AssertionError as error:
-            log.seek(0)
-            raise AssertionError(f"{error}: {log.read()[-6000:]}") from None
+    with OpenAI(base_url=address, api_key="none", timeout=LIMIT) as client:
         answer = client.completions.create(
             model="it",
             prompt=prompts,
-            max_tokens=TOKENS,
+            max_tokens=tokens,
             temperature=0,
-            extra_body={"ignore_eos": True, "add_special_tokens": False},
+            extra_body={"ignore_eos": True, "return_token_ids": True},
         )
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = [choice.text for choice in sorted(answer.choices, key=lambda c: c.index)]
-    assert texts == [tokenizer.decode(ids) for ids in expected]
+    choices = sorted(answer.choices, key=lambda c: c.index)
+    return [choice.token_ids for choice in choices]
+
+
+@pytest.mark.parametrize("stages", ["1", "2"])
+def test_the_server_of_one_model(smollm2, expected, stages, tmp_path):
+    model, calibration, prompts = smollm2
+    flags = ["--pipeline-parallel-size", stages]
+    given = settings(calibration)
+    with serving(model, given, tmp_path / "log", *flags) as address:
+        found = answered(address, prompts, TOKENS)
+    assert found == expected
+
+
+def test_the_server_of_two_ranks(tmp_path):
+    """SmolLM2 has nine heads, which two ranks cannot share out."""
+    model = save(tmp_path / "tiny")
+    expected = reference.by_steps(model, PAGES, PROMPTS, TOKENS)
+    flags = ["--tensor-parallel-size", "2"]
+    with serving(model, {"config": PAGES}, tmp_path / "log", *flags) as address:
+        found = answered(address, PROMPTS, TOKENS)
+    assert found == expected
