@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# As many processes as cores, each with as many threads, wait for each other's threads:
+# five times the CPU time. Tests of threads set their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Operators whose results have other strides than they promise are found here.
