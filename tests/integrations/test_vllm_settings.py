@@ -46,8 +46,8 @@ def test_passes_go_to_the_graph_and_to_attention():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("neuron-mask{method=core}", "keeps no state"),
-        ("neuron-mask", "keeps no state"),
+        ("neuron-mask{method=core}", "do not tell whose"),
+        ("neuron-mask", "do not tell whose"),
         ("token-drop", "cache blocks for all layers alike"),
         ("chunked-prefill", "scheduler"),
         ("packed-prefill", "no padding"),

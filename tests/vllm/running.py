@@ -88,7 +88,7 @@ def serving(
 
 
 def wait(condition: Callable[[], bool], log: Path, seconds: float) -> None:
-    """Return once ``condition`` holds; AssertionError with the log when time is over."""
+    """Return once ``condition`` holds; AssertionError with the log after that time."""
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, f"over {seconds} s: {log.read_text()[-6000:]}"

@@ -26,8 +26,8 @@ _REASONS = {
     "skinny-linear": "one graph serves every number of rows; it needs to know few",
 }
 _CORE = (
-    "a prompt's core neurons belong to its request, and vLLM keeps no state of others "
-    "by request; use method = 'cats' or 'teal'"
+    "a prompt's core neurons belong to its request, and vLLM's graphs do not tell "
+    "whose tokens they compute; use method = 'cats' or 'teal'"
 )
 _CODES = (
     "kv_dtype = '{}': keys and values lie in vLLM's cache, in the model's dtype; leave "
