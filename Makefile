@@ -69,7 +69,7 @@ $(VLLM_VENV)/.stamps/vllm: pyproject.toml
 
 # Each test starts servers and workers of vLLM, one at a time.
 test-vllm: $(VLLM_VENV)/.stamps/vllm
-	$(VLLM) -m pytest tests/vllm tests/integrations --timeout 1000 $(PYTEST_ARGS)
+	$(VLLM) -m pytest tests/vllm tests/integrations --timeout 2000 $(PYTEST_ARGS)
 
 demo: setup
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)

@@ -23,6 +23,9 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else one of two cores is left out
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Where others use the cores too, compiling may take long.
+    "VLLM_ENGINE_READY_TIMEOUT_S": str(LIMIT),
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(LIMIT),
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
