@@ -1,10 +1,11 @@
 """On each rank: stages of one model, compared with the whole model in this process.
 
 Arguments: JSON objects, one a pipeline: ``tp``, ``per_rank`` stages, ``host``, the
-number of ``layers``, the ``device`` to move to, and what to run, each a list of pass
-configs: ``ragged`` micro-batches of chunks and decodes, ``requests`` with caches of
-their own. Rank 0 says of each the largest difference from the whole model under the
-same config, and the effect of the config.
+number of ``layers``, whether the head is ``tied`` to the embedding, the ``device`` to
+move to, and what to run, each a list of pass configs: ``ragged`` micro-batches of
+chunks and decodes, ``requests`` with caches of their own. Rank 0 says of each the
+largest difference from the whole model under the same config, and the effect of the
+config.
 """
 
 from __future__ import annotations
@@ -33,16 +34,25 @@ from tests.distributed.launch import say
 from tests.models import token_ids
 from tests.rewriting import rewritten
 
+DEFAULTS = {
+    "tp": 1,
+    "per_rank": 1,
+    "host": "traced",
+    "layers": 2,
+    "tied": False,
+    "device": None,
+}
 PAGES = 16  # four for each of four requests
 
 
-def model_of(layers: int) -> Any:
+def model_of(job: dict[str, Any]) -> Any:
     """Return the same small random Llama on every rank."""
     torch.manual_seed(0)
     config = tf.LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=layers,
+        num_hidden_layers=job["layers"],
+        tie_word_embeddings=job["tied"],
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=100,
@@ -82,7 +92,7 @@ def steps(requests: list[list[int]]) -> list[list[list[Piece]]]:
 
 def ragged(job: dict[str, Any], mesh: Any, config: str) -> dict[str, Any]:
     """Run chunks and piggybacked decodes, each compared with its request alone."""
-    model, whole = model_of(job["layers"]), model_of(job["layers"])
+    model, whole = model_of(job), model_of(job)
     shard(model, mesh["tp"])
     pipe = RaggedPipeline(
         model,
@@ -147,7 +157,7 @@ def _refused(pipe: RaggedPipeline) -> list[str]:
 
 def differs(job: dict[str, Any], mesh: Any, config: str) -> dict[str, Any]:
     """Make pipelines that are not the same on every rank; return rank 0's errors."""
-    model, group = model_of(job["layers"]), mesh["pp"].get_group()
+    model, group = model_of(job), mesh["pp"].get_group()
     rank = dist.get_rank()
     found = {}
     given: dict[str, Any] = {
@@ -165,7 +175,7 @@ def differs(job: dict[str, Any], mesh: Any, config: str) -> dict[str, Any]:
 
 def requests(job: dict[str, Any], mesh: Any, config: str) -> dict[str, Any]:
     """Run two prompts and their decoding under ``config``; release weights after."""
-    model, whole = model_of(job["layers"]), model_of(job["layers"])
+    model, whole = model_of(job), model_of(job)
     compares = dist.get_rank() == 0
     twin = rewritten(whole, config)
     shard(model, mesh["tp"])
@@ -221,8 +231,7 @@ KINDS = {"ragged": ragged, "requests": requests, "differs": differs}
 def run(given: dict[str, Any]) -> dict[str, Any]:
     """Run what one job asks for."""
     torch._dynamo.reset()
-    job = {"tp": 1, "per_rank": 1, "host": "traced", "layers": 2, "device": None}
-    job |= given
+    job = {**DEFAULTS, **given}
     mesh = pipeline_mesh(job["tp"], int(os.environ["WORLD_SIZE"]) // job["tp"])
     return {
         kind: [function(job, mesh, config) for config in job.get(kind, [])]

@@ -65,7 +65,21 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         raise ModelError(f"{type(model).__name__}: {error}") from None
     # A sharded embedding keeps which ids it has in the placement of its result, which
     # torch (2.13) shares between calls, those on fake tensors among them. It is read by
-    # the first stage alone, so that it stays whole.
-    plan = {n: kind for n, kind in plans[0].items() if "embedding" not in kind}
+    # the first stage alone, so that it stays whole, as does a head that is tied to it.
+    whole = _tied(model)
+    plan = {
+        name: kind
+        for name, kind in plans[0].items()
+        if "embedding" not in kind and name not in whole
+    }
     apply_tensor_parallelism(model, mesh, plan)
     page_out_files(".safetensors")
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Return the names of parameters that modules share, and of the modules."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    shared = {n for found in names.values() if len(found) > 1 for n in found}
+    return shared | {name.rpartition(".")[0] for name in shared}
