@@ -1,4 +1,4 @@
-"""Collectives in a graph: counted, made functional, and added for sums over ranks.
+"""Collectives in a graph: counted, made functional, and added for what ranks share out.
 
 Under tensor parallelism each rank has some heads and neurons, and what comes out of
 attention and FFN is summed over the ranks of a group. What a pass sums or ranks over
@@ -117,6 +117,33 @@ def sum_over_ranks(graph: fx.Graph, like: fx.Node, value: fx.Node) -> fx.Node:
     if not op_name(like).startswith(_NATIVE):
         return node
     return call(graph, torch.ops._c10d_functional.wait_tensor.default, (node,))
+
+
+def max_over_ranks(graph: fx.Graph, like: fx.Node, value: fx.Node) -> fx.Node:
+    """Insert the greatest of the ranks' ``value``, over the group of the sum ``like``.
+
+    PassError where its operator names none.
+    """
+    group_of(like)
+    functional = torch.ops._c10d_functional
+    node = call(graph, functional.all_reduce.default, (value, "max", like.args[-1]))
+    return call(graph, functional.wait_tensor.default, (node,))
+
+
+def gather_over_ranks(graph: fx.Graph, like: fx.Node, value: fx.Node) -> fx.Node:
+    """Insert the ranks' parts of ``value`` one behind the other along its last axis.
+
+    In order of rank, over the group of the existing sum ``like``. PassError where its
+    operator names none.
+    """
+    ranks, aten = group_of(like).size(), torch.ops.aten
+    whole = call(graph, aten.contiguous.default, (value,))
+    gather = torch.ops._c10d_functional.all_gather_into_tensor.default
+    found = call(graph, gather, (whole, ranks, like.args[-1]))
+    found = call(graph, torch.ops._c10d_functional.wait_tensor.default, (found,))
+    parts = call(graph, aten.unflatten.int, (found, 0, [ranks, -1]))
+    across = call(graph, aten.movedim.int, (parts, 0, -2))
+    return call(graph, aten.flatten.using_ints, (across, -2))
 
 
 def group_of(like: fx.Node) -> Any:

@@ -1,8 +1,8 @@
-"""Which part of a model's heads a rank has, and means over the heads of all ranks.
+"""Which part of a model's heads and neurons a rank has, and what all ranks have of it.
 
 What a pass chooses by a mean over heads it has to choose by the mean over all of them:
 ranks that drop other tokens would sum hidden states of different tokens, and agree with
-one another on a wrong result.
+one another on a wrong result. What it chooses among neurons it chooses among all.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import fx
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.collectives import group_of, sum_over_ranks, summed_behind
 from graphopt.ir.replace import call
+from graphopt.ir.sites.ffn import FfnSite
 
 if TYPE_CHECKING:
     from graphopt.ir.model_graph import ModelGraph
@@ -26,7 +27,7 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True)
 class RankShare:
-    """Rank ``rank`` of ``ranks`` has that part of the heads, which lie in order."""
+    """Rank ``rank`` of ``ranks`` has that part of the heads or neurons, in order."""
 
     rank: int = 0
     ranks: int = 1
@@ -42,16 +43,35 @@ def summed_heads(model: ModelGraph, site: AttentionSite) -> fx.Node | None:
 
     PassError where the ranks' parts meet otherwise.
     """
+    return _summed(model, site.node)
+
+
+def summed_neurons(model: ModelGraph, site: FfnSite) -> fx.Node | None:
+    """Return the sum over ranks behind an FFN; None where every rank has all neurons.
+
+    PassError where the ranks' parts meet otherwise.
+    """
+    return _summed(model, site.down)
+
+
+def _summed(model: ModelGraph, node: fx.Node) -> fx.Node | None:
     adds = {add.node for stream in model.residual for add in stream.adds}
-    return summed_behind(site.node, adds)
+    return summed_behind(node, adds)
 
 
 def share_of_heads(model: ModelGraph, site: AttentionSite) -> RankShare:
     """Return which of the model's heads ``site`` has; PassError where none can tell."""
-    found = summed_heads(model, site)
-    if found is None:
+    return share_of(summed_heads(model, site))
+
+
+def share_of(like: fx.Node | None) -> RankShare:
+    """Return the part of this rank among those of the sum ``like``; all without one.
+
+    PassError where its operator does not name the ranks.
+    """
+    if like is None:
         return RankShare()
-    group = group_of(found)
+    group = group_of(like)
     return RankShare(group.rank(), group.size())
 
 

@@ -16,6 +16,7 @@ from graphopt.runtime.layer import PagedLayer
 from graphopt.runtime.movable import MovableRows
 from graphopt.runtime.neurons import CoreNeurons
 from graphopt.runtime.pool import Rings
+from graphopt.runtime.ranks import share_of_model
 from graphopt.runtime.rows import Rows, room_for
 from graphopt.runtime.states import HiddenStates
 
@@ -24,7 +25,10 @@ Statistics = Literal["spread", "extremes"]
 
 
 def wanted_by(config: Any) -> dict[str, Any] | None:
-    """Return the arguments of the `Cache` that a pass config needs; None for none."""
+    """Return the arguments of the `Cache` that a pass config needs; None for none.
+
+    ``streaming`` may be a function of the rank's share of the heads.
+    """
     found: dict[str, Any] | None = None
     for item in load_config(config).pipeline:
         if (options := item.cache_options()) is not None:
@@ -110,10 +114,13 @@ class Cache(MovableRows, TransformersCache):
 
         ``config`` is what `graphopt.compile` takes. ``model``: the transformers model,
         whose hidden size a pass may need that lets dropped tokens come back
-        (``revive``), and whose feed-forward networks `neuron-mask` needs. Raises
-        ConfigError for a bad config, and without a model where it is needed.
+        (``revive``), and whose feed-forward networks `neuron-mask` needs. One that
+        ranks share out tells which streaming heads are this rank's. Raises ConfigError
+        for a bad config, and without a model where it is needed.
         """
         found = {**(wanted_by(config) or {}), **options}
+        if callable(rings := found.get("streaming")):
+            found["streaming"] = rings(share_of_model(model))
         reviving, rule = found.pop("reviving", False), found.pop("masking", None)
         if reviving and "hidden_size" not in options:
             _need(

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from graphopt.errors import ConfigError, did_you_mean
 from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.shards import RankShare, share_of_heads
 from graphopt.passes.attention.heads import HeadPattern, HeadRule
 from graphopt.remarks import Remark, failure
 
@@ -74,6 +75,16 @@ class HeadTable:
             if rule.covers(layer, head):
                 base = base.overridden(rule)
         return base
+
+
+def share_of_table(model: ModelGraph, table: HeadTable | None) -> RankShare:
+    """Return which of a table's heads are this rank's; PassError where none can tell.
+
+    Without a table a pass names no heads, and any rank's are all.
+    """
+    if table is None or not model.attention:
+        return RankShare()
+    return share_of_heads(model, model.attention[0])
 
 
 @cache

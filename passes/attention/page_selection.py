@@ -10,13 +10,20 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphopt.codegen.pages import PAGE
-from graphopt.errors import ConfigError
-from graphopt.ir.attention.pages import read_of, replace_by_pages
+from graphopt.errors import ConfigError, PassError
+from graphopt.ir.attention.pages import read_of, replace_by_pages, ring_heads
 from graphopt.ir.attention.site import AttentionSite
 from graphopt.ir.model_graph import ModelGraph
-from graphopt.passes.attention.head_tables import HeadTable, read_table
+from graphopt.ir.shards import RankShare
+from graphopt.passes.attention.head_tables import (
+    HeadTable,
+    read_table,
+    share_of_table,
+)
 from graphopt.passes.base import Pass, PassContext, PassResult, Selects, option
 from graphopt.remarks import Remark, applied, missed
+
+_ALL = RankShare()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +38,8 @@ class PageSelection(Pass):
     the ring that they keep. Approximate; while the budget covers the context every page
     is read. Pays in every decoding step: without it the whole cache is copied before it
     is read.
-    ``graphopt.Cache.from_config`` makes the cache that the other options ask for.
+    ``graphopt.Cache.from_config`` makes the cache that the other options ask for; where
+    ranks share heads out it takes the model too, and keeps rings of this rank's.
 
     Before::
 
@@ -47,7 +55,8 @@ class PageSelection(Pass):
     - ``not-decode``: more than one query row;
     - ``no-pages``: keys and values do not come out of a `graphopt.Cache`;
     - ``model-window``: the model itself attends to a window already;
-    - ``sharded``: ``table`` names heads, and ranks share them out;
+    - ``cache``: the cache keeps rings of other heads than ``table`` names;
+    - ``sharded``: which of a table's heads this rank has cannot be told;
     - ``unsupported``: biases, sinks, dropout, or a mask that is data.
     """
 
@@ -85,8 +94,13 @@ class PageSelection(Pass):
 
     @property
     def selects_over(self) -> Selects:
-        """A cache keeps rings of heads by their numbers, and knows no ranks."""
+        """Heads that share a KV head choose together, and are of one rank."""
         return "nothing" if self.table is None else "heads"
+
+    @property
+    def asks_ranks(self) -> bool:
+        """A table's heads are those of the whole model: a rank takes its own."""
+        return True
 
     @model_validator(mode="after")
     def _readable(self) -> Self:
@@ -105,16 +119,19 @@ class PageSelection(Pass):
         return {
             "kv_dtype": kept,
             "statistics": self.statistics,
-            "streaming": self.streaming(),
+            "streaming": None if self.table is None else self.streaming,
             **sizes,
         }
 
-    def streaming(self) -> list[list[int]] | None:
-        """Return the streaming KV heads of each layer, None without a table."""
+    def streaming(self, share: RankShare = _ALL) -> list[list[int]] | None:
+        """Return the streaming KV heads of each layer, None without a table.
+
+        Those of a rank's ``share`` by their numbers among its own.
+        """
         table = self.heads_table()
         if table is None:
             return None
-        rows = (enumerate(row) for row in table.layers)
+        rows = (enumerate(share.part(row)) for row in table.layers)
         return [[h for h, p in row if p.pattern == "streaming"] for row in rows]
 
     def heads_table(self) -> HeadTable | None:
@@ -129,17 +146,28 @@ class PageSelection(Pass):
     def run(self, model: ModelGraph, context: PassContext) -> PassResult:
         """Rewrite the decoding sites that read pages."""
         table = self.heads_table()
-        if table is not None and (wrong := table.refusal(model)):
+        try:
+            share = share_of_table(model, table)
+        except PassError as error:
+            return PassResult(False, (missed("graph", "sharded", str(error)),))
+        if table is not None and (wrong := table.refusal(model, share.ranks)):
             return PassResult(False, (wrong,))
-        remarks = [self._visit(model, site) for site in model.attention]
+        rings = self.streaming(share)
+        remarks = [self._visit(model, site, rings) for site in model.attention]
         changed = any(r.kind == "applied" for r in remarks)
         return PassResult(changed, tuple(remarks), {"sites": len(remarks)})
 
-    def _visit(self, model: ModelGraph, site: AttentionSite) -> Remark:
+    def _visit(
+        self, model: ModelGraph, site: AttentionSite, rings: list[list[int]] | None
+    ) -> Remark:
         name, read = f"attention[{site.index}]", read_of(site)
         if refusal := self._refusal(site, read):
             return missed(name, *refusal)
         assert read is not None
+        if rings is not None and (found := ring_heads(read)) != rings[site.index]:
+            text = f"the cache keeps rings of this rank's KV heads {found}, and the "
+            text += f"table of {rings[site.index]}: make it by "
+            return missed(name, "cache", f"{text}Cache.from_config(config, model)")
         replace_by_pages(model.gm, site, read, self.budget // PAGE, self.interval)
         text = f"{self.budget} tokens, chosen again every {self.interval}"
         return applied(name, text, budget=self.budget)

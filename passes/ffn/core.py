@@ -8,7 +8,6 @@ import torch
 
 from graphopt.cost import BATCH
 from graphopt.errors import PassError
-from graphopt.ir.match import size_expr
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import call
 from graphopt.ops.neurons import kept_neurons
@@ -37,24 +36,27 @@ def rewrite(
     if not sites:
         return PassResult(False, (missed("graph", "cache", _NO_CACHE),))
     memory = _memory([held for held in sites if held.phase != "use"])
-    remarks = [_visit(model, held, options) for held in sites]
+    remarks = [_visit(model, held, options, context) for held in sites]
     done = [h for h, r in zip(sites, remarks, strict=True) if r.kind == "applied"]
     if used := [held for held in done if held.phase == "use"]:
         _check(model, used)
     return PassResult(bool(done), (*remarks, *memory), {"sites": len(sites)})
 
 
-def _visit(model: ModelGraph, held: Held, options: NeuronOptions) -> Remark:
-    if (why := refusal(held) or _unsuitable(held, options)) is not None:
+def _visit(
+    model: ModelGraph, held: Held, options: NeuronOptions, context: PassContext
+) -> Remark:
+    skips = context.device == "cpu"  # as buffers may not be full; see `compute_kept`
+    if (why := refusal(held) or _unsuitable(held, options, skips)) is not None:
         return missed(held.place, *why)
-    neurons = int(size_expr(held.layer.ffn[0].neurons))
+    neurons = held.neurons
     if held.phase != "use":
         count_and_gather(model, held, options)
         text = f"chooses {held.kept} of {neurons} neurons for decoding"
         return applied(held.place, text, kept=held.kept, neurons=neurons)
-    before, after = dense_step(held).at(1, 1), kept_step(held).at(1, 1)
+    before, after = dense_step(held).at(1, 1), kept_step(held, skips).at(1, 1)
     try:
-        compute_kept(model, held)
+        compute_kept(model, held, skips)
     except PassError as error:
         return missed(held.place, "cannot-follow", str(error))
     names = ("mflop_before", "mb_before", "mflop", "mb")
@@ -63,8 +65,10 @@ def _visit(model: ModelGraph, held: Held, options: NeuronOptions) -> Remark:
     return applied(held.place, text, kept=held.kept, neurons=neurons, **figures)
 
 
-def _unsuitable(held: Held, options: NeuronOptions) -> tuple[str, str] | None:
-    neurons = int(size_expr(held.layer.ffn[0].neurons))
+def _unsuitable(
+    held: Held, options: NeuronOptions, skips: bool
+) -> tuple[str, str] | None:
+    neurons = held.neurons
     kept = kept_neurons(neurons, options.keep)
     if kept != held.kept:
         why = f"the cache keeps {held.kept} neurons and keep = {options.keep} is {kept}"
@@ -81,10 +85,10 @@ def _unsuitable(held: Held, options: NeuronOptions) -> tuple[str, str] | None:
     attention = held.layer.attention
     if held.phase != "use" and attention.unsupported and attention.key_mask is None:
         return "padding", f"which tokens are real is unknown: {attention.unsupported}"
-    rows, reads = choices(held), (kept_step(held).bytes, dense_step(held).bytes)
+    rows, reads = choices(held), (kept_step(held, skips).bytes, dense_step(held).bytes)
     slower = rows.is_number and bool(reads[0] >= reads[1])
     if held.phase == "use" and slower and not options.force:
-        return "slower", f"{rows} rows with {kept} of {neurons} neurons each"
+        return "slower", f"{rows} rows read {held.room} of {held.own} neurons each"
     return None
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import fx
 
+from graphopt.errors import PassError
 from graphopt.ir.match import op_name, shape_of, size_expr
 from graphopt.ir.model_graph import ModelGraph
+from graphopt.ir.shards import RankShare, share_of, summed_neurons
 from graphopt.ir.sites.ffn import FfnSite
 from graphopt.ir.stream.layers import Layer
 from graphopt.passes.ffn.projection import Projection, projection_of
@@ -25,6 +27,8 @@ class Held:
     node: fx.Node
     layer: Layer
     args: tuple[Any, ...]  # of the node, which is erased when the layer is done
+    summed: fx.Node | None = None  # the sum over ranks behind the FFN
+    apart: str = ""  # why the ranks' neurons cannot be told
 
     @property
     def counts(self) -> fx.Node:
@@ -65,6 +69,26 @@ class Held:
         return int(size_expr((shape_of(self.indices) or ())[1]))
 
     @property
+    def share(self) -> RankShare:
+        """Return which part of the neurons this rank has."""
+        return share_of(self.summed)
+
+    @property
+    def own(self) -> int:
+        """Return how many neurons this rank has."""
+        return int(size_expr(self.layer.ffn[0].neurons))
+
+    @property
+    def neurons(self) -> int:
+        """Return how many neurons all ranks have together."""
+        return self.own * self.share.ranks
+
+    @property
+    def room(self) -> int:
+        """Return how many of the chosen neurons can be this rank's."""
+        return min(self.kept, self.own)
+
+    @property
     def place(self) -> str:
         """Return the name of the site in remarks."""
         return f"ffn[{self.layer.index}]"
@@ -89,23 +113,38 @@ def find_held(model: ModelGraph) -> list[Held]:
         if op_name(node) == "graphopt.hold_neurons":
             behind = bisect_right(starts, order[node])
             if behind < len(starts):
-                found.append(Held(node, model.layers[behind], node.args))
+                layer = model.layers[behind]
+                found.append(Held(node, layer, node.args, *_ranks(model, layer)))
     return found
+
+
+def _ranks(model: ModelGraph, layer: Layer) -> tuple[fx.Node | None, str]:
+    """Return the sum over ranks behind a layer's FFN, and why none can be used."""
+    if len(layer.ffn) != 1:
+        return None, ""
+    try:
+        summed = summed_neurons(model, layer.ffn[0])
+        share_of(summed)  # raises where the operator does not name the ranks
+    except PassError as error:
+        return None, str(error)
+    return summed, ""
 
 
 def refusal(held: Held) -> tuple[str, str] | None:
     """Say why the FFN of a layer cannot run on the buffers; None where it can."""
     if len(held.layer.ffn) != 1:
         return "no-ffn", f"the layer has {len(held.layer.ffn)} feed-forward networks"
+    if held.apart:
+        return "sharded", held.apart
     site = held.layer.ffn[0]
     known = _SPELT if held.phase == "use" else _READABLE
     for linear in (site.up, site.down, site.gate or site.up):
         if op_name(linear) not in known:
             return "done", f"{linear.name} is spelt '{op_name(linear)}'"
-    neurons = size_expr(site.neurons)
+    neurons = held.neurons
     if neurons != size_expr((shape_of(held.counts) or (0, 0))[1]):
         return "cache", f"the cache's buffers are not for {neurons} neurons"
     for projection in held.projections(site):
-        if reason := projection.misfit(int(neurons), held.kept):
+        if reason := projection.misfit(held.own, held.room):
             return "cache", reason
     return None

@@ -9,12 +9,13 @@ from torch import fx
 
 from graphopt import _compat
 from graphopt.errors import PassError
-from graphopt.ir.match import op_name, shape_of, size_expr, value_of
+from graphopt.ir.match import op_name, shape_of, value_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import call, substitute
 from graphopt.ir.sites.linear import operands
 from graphopt.ir.sizes.fake_runs import apply
 from graphopt.ir.vision.span import descendants
+from graphopt.passes.ffn.counting import own_number
 from graphopt.passes.ffn.held import Held
 from graphopt.passes.ffn.projection import Projection
 
@@ -23,20 +24,26 @@ _ops = torch.ops.graphopt
 _SIZED = ("reshape", "expand", "split", "unflatten", "narrow", "split_with_sizes")
 
 
-def compute_kept(model: ModelGraph, held: Held) -> None:
+def compute_kept(model: ModelGraph, held: Held, skips: bool) -> None:
     """Put the FFN over the chosen neurons in the place of the dense one.
 
-    The old one is left without users. Raises PassError, with the graph as it was, where
-    what lies between the projections cannot run on fewer neurons.
+    The buffers may not be full, as ranks have parts of the chosen that differ in size.
+    ``skips``: what is filled of them alone is read, which waits for a number; otherwise
+    all, and the rest adds nothing. The old one is left without users. Raises PassError,
+    with the graph as it was, where what lies between the projections cannot run on
+    fewer neurons.
     """
     graph, site = model.gm.graph, held.layer.ffn[0]
     *ups, down = held.projections(site)
     copies: dict[fx.Node, fx.Node] = {}
     try:
         with graph.inserting_before(site.down):
-            _insert_smaller(model, held, ups, copies)
+            valid = None
+            if held.summed is not None and skips:
+                valid = own_number(graph, held)
+            _insert_smaller(model, held, ups, copies, valid)
             inner = copies[operands(site.down)[0]]
-            copies[site.down] = _on_buffer(graph, down, inner)
+            copies[site.down] = _on_buffer(graph, down, inner, valid)
         substitute(model.gm, site.down, copies[site.down])
     except (PassError, ValueError) as error:
         for node in reversed(copies.values()):
@@ -50,14 +57,14 @@ def _insert_smaller(
     held: Held,
     ups: list[Projection],
     copies: dict[fx.Node, fx.Node],
+    valid: fx.Node | None,
 ) -> None:
     graph, site = model.gm.graph, held.layer.ffn[0]
     between = nodes_between(graph, [p.node for p in ups], site.down)
     for projection in ups:
         source = operands(projection.node)[0]
-        copies[projection.node] = _on_buffer(graph, projection, source)
-    neurons = int(size_expr(site.neurons))
-    sizes = {n * neurons: n * held.kept for n in (1, 2)}
+        copies[projection.node] = _on_buffer(graph, projection, source, valid)
+    sizes = {n * held.own: n * held.room for n in (1, 2)}
     for node in between:
         copies[node] = _smaller(model.gm, node, copies, sizes)
 
@@ -77,7 +84,9 @@ def nodes_between(
     return [node for node in graph.nodes if node in above and node in below]
 
 
-def _on_buffer(graph: fx.Graph, projection: Projection, source: fx.Node) -> fx.Node:
+def _on_buffer(
+    graph: fx.Graph, projection: Projection, source: fx.Node, valid: fx.Node | None
+) -> fx.Node:
     """Insert the linear with the gathered weights; a row's own where there are rows."""
     buffer, bias = projection.buffer, projection.bias_buffer
     assert buffer is not None
@@ -91,6 +100,9 @@ def _on_buffer(graph: fx.Graph, projection: Projection, source: fx.Node) -> fx.N
     if scales is not None:
         coded = (source, buffer, bias, scales)
         return call(graph, _ops.weight_only_linear.default, coded)
+    if valid is not None:
+        how = (valid, projection.is_down, transposed, projection.fused)
+        return call(graph, _ops.valid_linear.default, (source, buffer, bias, *how))
     if transposed:
         return call(graph, torch.addmm, (bias, source, buffer))
     return call(graph, torch._C._nn.linear, (source, buffer, bias))

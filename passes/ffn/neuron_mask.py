@@ -35,6 +35,9 @@ class NeuronMask(NeuronOptions):
     want ``refresh``: every so many tokens one runs densely and counts for as many, and
     the core is chosen again. With ``similarity`` it is that of the nearest of some
     clusters of texts (`graphopt cluster`), in each layer by itself.
+    Where ranks share neurons out, all of them are ranked, as on one process: each rank
+    keeps those of the core that it has, and has room for the most that these can be. A
+    CPU reads what is there; a GPU reads the room, so it gains less.
     ``Cache.from_config(config, model)`` makes the cache. With ``buffers = "int8"`` the
     copies are codes with a float32 scale each output, a quarter of float32's bytes.
     A ``shadow-outlier`` behind this pass turns into int8 what stays a plain linear: all
@@ -88,7 +91,7 @@ class NeuronMask(NeuronOptions):
     - ``padding``: which tokens of the prompt are real cannot be told;
     - ``slower``: rows that choose for themselves would read more than all weights once;
       what a small weight's skipped part saves is less than a call costs;
-    - ``sharded``: ``core`` ranks all neurons, and ranks share them out;
+    - ``sharded``: which part of the neurons this rank has cannot be told;
     - ``cannot-follow``: what lies between the projections needs all neurons.
 
     ``teal`` and ``cats`` refuse, further, when

@@ -101,6 +101,11 @@ class NeuronOptions(Pass):
         return "neurons" if self.method == "core" else "nothing"
 
     @property
+    def asks_ranks(self) -> bool:
+        """``core`` gathers what it ranks from all ranks."""
+        return True
+
+    @property
     def shortest(self) -> int:
         """Return the tokens of the shortest prompt that is not left dense."""
         if self.min_tokens is not None:

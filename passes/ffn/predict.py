@@ -18,12 +18,17 @@ def dense_step(held: Held) -> Cost:
     return Cost(2 * BATCH * weights, sympy.Integer(weights * _itemsize(held)))
 
 
-def kept_step(held: Held) -> Cost:
-    """Return the cost of the kept neurons; rows that choose read their own weights."""
-    neurons = int(size_expr(held.layer.ffn[0].neurons))
-    share = sympy.Rational(held.kept, neurons)
-    read = sum(_buffer_bytes(p) for p in held.projections(held.layer.ffn[0]))
-    return Cost(dense_step(held).flops * share, sympy.Integer(read) * choices(held))
+def kept_step(held: Held, skips: bool) -> Cost:
+    """Return the cost of the kept neurons; rows that choose read their own weights.
+
+    Of neurons that ranks share out a rank has its part on average. ``skips``: what is
+    not filled of one choice's float buffers is not read.
+    """
+    share = sympy.Rational(held.kept, held.neurons)
+    filled = sympy.Rational(held.kept, held.room * held.share.ranks)
+    skips = skips and choices(held) == 1 and not held.scales
+    read = _all_buffers(held) * (filled if skips else 1)
+    return Cost(dense_step(held).flops * share, read * choices(held))
 
 
 def choices(held: Held) -> sympy.Expr:
@@ -34,14 +39,18 @@ def choices(held: Held) -> sympy.Expr:
 
 def buffer_bytes(held: Held) -> sympy.Expr:
     """Return the bytes that a layer's buffers, counts and indices take."""
-    neurons = int(size_expr(held.layer.ffn[0].neurons))
-    own = 4 * neurons + 8 * held.kept
-    return kept_step(held).bytes + choices(held) * own
+    own = 4 * held.neurons + 8 * held.kept
+    return choices(held) * (_all_buffers(held) + own)
 
 
 def _shapes(held: Held) -> list[tuple[int, ...]]:
     found = held.projections(held.layer.ffn[0])
     return [shape_of(projection.weight) or () for projection in found]
+
+
+def _all_buffers(held: Held) -> sympy.Integer:
+    found = held.projections(held.layer.ffn[0])
+    return sympy.Integer(sum(map(_buffer_bytes, found)))
 
 
 def _buffer_bytes(projection: Projection) -> int:

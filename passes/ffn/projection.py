@@ -34,6 +34,11 @@ class Projection:
         return _is_transposed(self.node)
 
     @property
+    def is_down(self) -> bool:
+        """Tell whether the neurons are its inputs."""
+        return self.dim != int(self.transposed)
+
+    @property
     def buffers(self) -> list[tuple[fx.Node, fx.Node, int]]:
         """Return (weight, buffer, axis of the neurons) of what is gathered as it is."""
         found: list[tuple[fx.Node, fx.Node, int]] = []
@@ -57,8 +62,7 @@ class Projection:
         found = [size_expr(n) for n in shape_of(self.buffer) or ()]
         if found[-2:] != wanted:
             return f"its buffer for {node.name} is {found} and not {wanted}"
-        is_down = self.dim != int(self.transposed)
-        if not is_down and (self.bias is None) != (self.bias_buffer is None):
+        if not self.is_down and (self.bias is None) != (self.bias_buffer is None):
             return f"its buffers have another bias than {node.name}"
         return ""
 

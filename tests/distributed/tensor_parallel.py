@@ -1,11 +1,12 @@
 """On each rank: a model with half its heads and neurons, rewritten by pass configs.
 
-Arguments: the model's directory, how it is shared out (``transformers`` or ``torch``),
-and a JSON list of pass configs. Rank 0 says what it found for each, compared with the
-whole model in one process under the same config. A config that starts with ``!`` runs
-without the sums that passes add, as a control; one that starts with ``aot:`` runs as
-Inductor would get it, the others operator by operator. One that starts with
-``generate:`` is compared over the tokens and logits of a greedy generation.
+Arguments: the model's directory and a JSON list of pass configs. Rank 0 says what it
+found for each, compared with the whole model in one process under the same config.
+transformers shares the model out; for configs that start with ``torch:`` torch does. A
+config that starts with ``!`` runs without the sums that passes add, as a control; one
+that starts with ``aot:`` runs as Inductor would get it, the others operator by
+operator. One that starts with ``generate:`` is compared over the tokens and logits of a
+greedy generation.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import fx, nn
 from transformers import DynamicCache
 
 from graphopt.ir.collectives import count_collectives
+from graphopt.ops.pages import pages_of
 from graphopt.runtime.cache import Cache, wanted_by
 from tests.distributed.launch import say
 from tests.rewriting import rewritten, traced
@@ -77,18 +79,18 @@ class Watch:
         return traced(gm, inputs) if self.lowered else gm
 
 
-def predict(model: Any, config: str, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+def predict(model: Any, config: str, ids: torch.Tensor) -> tuple[Any, ...]:
     """Return the logits behind the prompt."""
-    return model(ids, use_cache=False, logits_to_keep=1).logits, None
+    return model(ids, use_cache=False, logits_to_keep=1).logits, None, None
 
 
-def generate(model: Any, config: str, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Return the logits [steps, V] and the tokens of a greedy generation of one row."""
+def generate(model: Any, config: str, ids: torch.Tensor) -> tuple[Any, ...]:
+    """Return logits [steps, V], tokens and cache of a greedy generation of one row."""
     asked = wanted_by(config)
     cache = DynamicCache() if asked is None else Cache.from_config(config, model)
     model.generation_config.eos_token_id = None
     found = model.generate(
-        ids[:1, :40].contiguous(),
+        ids[:1].contiguous(),
         past_key_values=cache,
         max_new_tokens=4,
         do_sample=False,
@@ -96,11 +98,20 @@ def generate(model: Any, config: str, ids: torch.Tensor) -> tuple[torch.Tensor, 
         return_dict_in_generate=True,
         output_logits=True,
     )
-    return torch.cat(found.logits), found.sequences[0, 40:].tolist()
+    return torch.cat(found.logits), found.sequences[0, ids.shape[1] :].tolist(), cache
+
+
+def pages_read(cache: Any) -> list[int]:
+    """Return how many pages each KV head of the last layer read, and a row has."""
+    if not isinstance(cache, Cache):
+        return []
+    chosen = (cache.layers[-1].selected[0] >= 0).sum(1)
+    return [*chosen.tolist(), pages_of(cache.get_seq_length())]
 
 
 def run(model: nn.Module, config: str, ids: torch.Tensor) -> dict[str, Any]:
     """Return the logits under ``config``, its graphs, collectives and remarks."""
+    config = config.removeprefix("torch:")
     watch, reports = Watch(config.startswith("aot:")), []
     call = generate if config.startswith("generate:") else predict
     config = config.removeprefix("aot:").removeprefix("generate:")
@@ -108,11 +119,12 @@ def run(model: nn.Module, config: str, ids: torch.Tensor) -> dict[str, Any]:
     control = mock.patch("graphopt.ir.shards.summed_behind", return_value=None)
     twin = rewritten(model, config, host=watch, reports=reports, copied=False)
     with torch.no_grad(), control if broken else nullcontext():
-        logits, tokens = call(twin, config, ids)
+        logits, tokens, cache = call(twin, config, ids)
     remarks = [r for report in reports for r in report.all_remarks()]
     return {
         "logits": logits,
         "tokens": tokens,
+        "pages": pages_read(cache),
         "collectives": watch.collectives,
         "applied": sum(r.kind == "applied" for r in remarks),
         "codes": sorted({r.code for r in remarks if r.kind in ("missed", "failure")}),
@@ -121,13 +133,13 @@ def run(model: nn.Module, config: str, ids: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def main(path: str, how: str, configs: list[str]) -> None:
+def main(path: str, configs: list[str]) -> None:
     """Compare every config with the whole model under it, and without."""
     ids = torch.randint(3, 99, (2, 150), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         plain = {call: call(whole(path), "", ids)[0] for call in (predict, generate)}
-    model = shared(path, how)
-    ours = [run(model, config, ids) for config in configs]
+    parts = {how: shared(path, how) for how in ("transformers", "torch")}
+    ours = [run(parts[_engine(config)], config, ids) for config in configs]
     rank, ranks = dist.get_rank(), dist.get_world_size()
     found: list[Any] = [None] * ranks
     mine = {}
@@ -138,6 +150,10 @@ def main(path: str, how: str, configs: list[str]) -> None:
         mine[index] = _compared(ours[index], run(whole(path), config, ids), before)
     dist.all_gather_object(found, mine)
     say([found[index % ranks][index] for index in range(len(configs))])
+
+
+def _engine(config: str) -> str:
+    return "torch" if config.startswith("torch:") else "transformers"
 
 
 def _compared(
@@ -153,5 +169,5 @@ def _compared(
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
+    main(sys.argv[1], json.loads(sys.argv[2]))
     dist.destroy_process_group()

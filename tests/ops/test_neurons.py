@@ -11,14 +11,18 @@ from graphopt.ops.int8.weights import quantize_weight
 from graphopt.ops.neurons import (
     check_neurons,
     choose_neurons,
+    clear_behind,
     count_neurons,
+    count_own,
     count_reference,
     gather_codes,
     gather_neurons,
     gather_reference,
     hold_neurons,
     kept_neurons,
+    most_chosen,
     nearest_neurons,
+    own_neurons,
     row_linear,
 )
 from tests.models import padding_mask
@@ -263,3 +267,52 @@ def test_without_the_pass_nothing_stays_chosen():
     hold_neurons(*held, "more")
     with pytest.raises(RuntimeError, match="compiled with the pass 'neuron-mask'"):
         check_neurons(others, [indices])
+
+
+def test_a_rank_finds_its_own_of_the_chosen():
+    indices = torch.tensor([[1, 4, 5, 9], [0, 1, 2, 3], [-1, -1, -1, -1]])
+    assert count_own(indices, 4, 4).tolist() == [2, 0, 0]
+    own = own_neurons(indices, 4, 4, 3)
+    assert own.tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert own_neurons(indices, 0, 4, 4).tolist()[1] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((6, 5), 0), ((6, 5), 1), ((2, 6, 5), 1)])
+def test_what_no_neuron_fills_is_cleared(shape, dim):
+    buffer = torch.rand(shape) + 1
+    valid = torch.tensor([3] if len(shape) == 2 else [0, 4])
+    expected = buffer.clone()
+    for row, number in zip(expected.view(-1, 6, 5), valid.tolist(), strict=True):
+        row.narrow(dim, number, row.shape[dim] - number).zero_()
+    clear_behind(buffer, valid, dim)
+    assert torch.equal(buffer, expected)
+
+
+def test_a_range_is_of_what_was_chosen():
+    weight, own = torch.randn(5, 8), torch.tensor([[1, 3, 0], [2, 0, 0]])
+    found = most_chosen(weight, own, torch.tensor([2, 0]), 1)
+    expected = weight[:, [1, 3]].abs().amax(1)
+    assert torch.equal(found, torch.stack([expected, torch.zeros(5)]))
+    across = most_chosen(weight.t().contiguous(), own, torch.tensor([2, 0]), 0)
+    assert torch.equal(across, found)
+
+
+@pytest.mark.parametrize("number", [0, 3, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("fused", [1, 2])
+def test_a_linear_over_what_is_filled(number, transposed, fused):
+    torch.manual_seed(0)
+    x, up, down = torch.randn(1, 1, 6), torch.randn(8 * fused, 6), torch.randn(6, 8)
+    bias, valid = torch.randn(8 * fused), torch.tensor([number])
+    lies = [w.t().contiguous() if transposed else w for w in (up, down)]
+    op = torch.ops.graphopt.valid_linear
+    args = (x, lies[0], bias, valid, False, transposed, fused)
+    inner = op(*args)
+    rows = torch.arange(8 * fused) % 8 < number
+    expected = torch.nn.functional.linear(x, up, bias) * rows
+    torch.testing.assert_close(inner, expected)
+    torch.library.opcheck(op, args)
+    inner = inner[..., :8]
+    args = (inner, lies[1], None, valid, True, transposed)
+    torch.testing.assert_close(op(*args), inner @ down.t())
+    torch.library.opcheck(op, args)

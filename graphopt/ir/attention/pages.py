@@ -16,6 +16,7 @@ from graphopt.ir.replace import call, shared_arguments, substitute
 from graphopt.ops.pages import PAGE
 
 _HELD = 15  # the arguments of `graphopt.ops.pages.Held`, and where they begin
+_RING_HEADS = 10
 _STATE = 3  # statistics, selected, selected_at
 _ALL_TOKENS = 20  # of read_pages, where layers may drop tokens
 
@@ -38,7 +39,7 @@ class PageRead:
     @staticmethod
     def of(read: fx.Node) -> PageRead | None:
         """Return the parts of ``read``; None where streaming heads keep rings."""
-        if read.args[10]:
+        if read.args[_RING_HEADS]:
             return None
         parts = (*read.args[:5], read.args[_HELD - 2], read.args[_HELD + _STATE])
         return PageRead(*parts)
@@ -48,6 +49,16 @@ def read_of(site: AttentionSite) -> fx.Node | None:
     """Return the node that reads key and value of ``site`` out of pages, or None."""
     reads = [_read(node, place) for place, node in enumerate((site.key, site.value))]
     return reads[0] if reads[0] is reads[1] else None
+
+
+def ring_heads(read: fx.Node) -> list[int]:
+    """Return the KV heads of which ``read`` has rings, by this rank's numbers.
+
+    Where they are symbols of the graph, those of the cache that it was traced with.
+    """
+    found: Any = read.args[_RING_HEADS]
+    heads = (value_of(h) if isinstance(h, fx.Node) else h for h in found or ())
+    return [int(size_hint(head)) for head in heads]
 
 
 def _read(node: fx.Node, place: int) -> fx.Node | None:

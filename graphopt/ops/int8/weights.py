@@ -29,7 +29,12 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def row_scales(weight: Tensor) -> Tensor:
     """Return the value of one step in each row of ``weight``, float32 [N]."""
-    scales = weight.detach().abs().amax(1).float() / MOST
+    return scales_of(weight.detach().abs().amax(1).float())
+
+
+def scales_of(most: Tensor) -> Tensor:
+    """Return the value of one step where ``most`` is the greatest magnitude."""
+    scales = most / MOST
     return torch.where(scales > 0, scales, torch.ones_like(scales))
 
 

@@ -4,7 +4,8 @@ weight, indices, dim and fused as for ``graphopt::gather_neurons``; where ``tran
 the weight lies as [inputs, outputs]. What is gathered is [N, K], outputs by inputs, and
 is turned into codes int8 [N, K] with a scale each output, float32 [N] (for each R of
 ``indices`` [R, C], where that is more than 1): a row of codes lies in one piece, and
-its scale is of the chosen weights alone. Both buffers stay where they are.
+its scale is of the chosen weights alone; of the range ``most``, float32 [R, N], where
+other ranks have some of them. Both buffers stay where they are.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.ops.int8.weights import quantize_weight
+from graphopt.ops.int8.weights import row_codes, row_scales, scales_of
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
 _library.define(
     "gather_codes(Tensor weight, Tensor indices, Tensor(a!) codes, Tensor(b!) scales, "
-    "int dim=0, int fused=1, bool transposed=False) -> ()"
+    "int dim=0, int fused=1, bool transposed=False, Tensor? most=None) -> ()"
 )
 
 
@@ -29,6 +30,7 @@ def gather_codes(
     dim: int = 0,
     fused: int = 1,
     transposed: bool = False,
+    most: Tensor | None = None,
 ) -> None:
     """Gather, and turn into codes as `graphopt.ops.int8.weights.quantize_weight`.
 
@@ -40,7 +42,9 @@ def gather_codes(
     found = weight.new_empty([rows, *sizes])
     torch.ops.graphopt.gather_neurons(weight, indices, found, dim, fused)
     found = found.transpose(1, 2) if transposed else found
-    made, steps = quantize_weight(found.reshape(-1, codes.shape[-1]))
+    flat = found.reshape(-1, codes.shape[-1])
+    steps = row_scales(flat) if most is None else scales_of(most.flatten())
+    made = row_codes(flat, steps)
     codes.copy_(made.view(codes.shape))
     scales.copy_(steps.view(scales.shape))
 

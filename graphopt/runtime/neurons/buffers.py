@@ -21,6 +21,8 @@ class NeuronBuffers:
     ``counts`` int32 [R, F]; ``indices`` int64 [R, C]; ``up``, ``gate`` [R, C, D] (a
     fused projection is ``up``, [R, 2 C, D]), ``down`` [R, D, C], biases [R, C]; the
     axis R of the weights is left out where it is 1. ``shares`` [K, F]: clusters.
+    Where ranks share the neurons out, counts, choice and clusters are of all F on every
+    rank, and the weights have room for as many of the C as a rank can have.
     ``coded``: the weights are int8 codes and lie as [outputs, inputs], with a scale
     each output, float32 [R, outputs]: ``up_scales``, ``gate_scales``, ``down_scales``.
     """
@@ -38,7 +40,7 @@ class NeuronBuffers:
         self._rows = f"{shape.neurons},{kept}"
         self._weights = tuple(
             (name, ",".join(map(str, sizes)), dtype)
-            for name, sizes, dtype in _all(shape, kept, coded)
+            for name, sizes, dtype in _all(shape, min(kept, shape.own), coded)
         )
         self.counts: Tensor | None = None
         self.indices: Tensor | None = None

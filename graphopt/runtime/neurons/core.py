@@ -53,12 +53,9 @@ class CoreNeurons:
     def of(cls, model: Any, rule: Mapping[str, Any]) -> CoreNeurons | None:
         """Make what `neuron-mask` with the options ``rule`` needs for ``model``.
 
-        None where every neuron is kept, and of a model that ranks share out, in whose
-        graphs the pass refuses. Raises ConfigError where a layer that the options name
-        has no FFN.
+        None where every neuron is kept. Raises ConfigError where a layer that the
+        options name has no FFN.
         """
-        if any(hasattr(weight, "placements") for weight in model.parameters()):
-            return None
         shapes = find_ffn_shapes(model)
         clusters = _clusters(rule["clusters"], rule["counted"])
         layers = {}

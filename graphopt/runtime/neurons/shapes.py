@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphopt._compat import local_part
 from graphopt.errors import ConfigError
 
 
@@ -16,6 +17,7 @@ from graphopt.errors import ConfigError
 class FfnShape:
     """One FFN: ``hidden_size`` channels through ``neurons`` and back.
 
+    ``own``: how many of the neurons this process holds, where ranks share them out;
     ``fused``: gate and up are one projection; ``transposed``: weights lie as [inputs,
     outputs] (Conv1D).
     """
@@ -29,6 +31,7 @@ class FfnShape:
     transposed: bool
     dtype: torch.dtype
     device: torch.device
+    own: int
 
 
 @dataclass(frozen=True)
@@ -102,4 +105,5 @@ def _through(found: list[_Matrix], down: _Matrix, hidden: int) -> FfnShape | Non
         transposed=down.transposed,
         dtype=down.weight.dtype,
         device=down.weight.device,
+        own=int(local_part(down.weight).shape[0 if down.transposed else 1]),
     )
