@@ -6,90 +6,133 @@ transformers shares the model out; for configs that start with ``torch:`` torch 
 config that starts with ``!`` runs without the sums that passes add, as a control; one
 that starts with ``aot:`` runs as Inductor would get it, the others operator by
 operator. One that starts with ``generate:`` is compared over the tokens and logits of a
-greedy generation.
+greedy generation, the others over the logits behind a prompt: the model is traced once
+for all of these, which takes most of the time.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import fx, nn
+from torch import fx
 from transformers import DynamicCache
 
+from graphopt.backend import rewrite
+from graphopt.distributed import localise
 from graphopt.ir.collectives import count_collectives
+from graphopt.ir.copying import copy_module
 from graphopt.ops.pages import pages_of
+from graphopt.options import parse_options
+from graphopt.remarks import Remark
 from graphopt.runtime.cache import Cache, wanted_by
 from tests.distributed.launch import say
-from tests.rewriting import rewritten, traced
+from tests.distributed.shared_models import shared, whole
+from tests.rewriting import traced
+
+_PREFIXES = ("torch:", "generate:", "aot:", "!")
 
 
-def whole(path: str) -> Any:
-    """Return the model as one process loads it."""
-    from transformers import AutoModelForCausalLM
+class Run:
+    """What becomes of a model's graphs under one config, and what comes out."""
 
-    return AutoModelForCausalLM.from_pretrained(path).eval()
-
-
-def shared(path: str, how: str) -> Any:
-    """Return this rank's part of the model."""
-    if how == "torch":
-        return _parallelized(whole(path))
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
-
-    plan = DistributedConfig(tp_plan="auto")
-    return AutoModelForCausalLM.from_pretrained(path, distributed_config=plan).eval()
-
-
-def _parallelized(model: Any) -> Any:
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    plan: dict[str, Any] = {}
-    for index in range(model.config.num_hidden_layers):
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-            plan[f"model.layers.{index}.{name}"] = ColwiseParallel()
-        for name in ("mlp.gate_proj", "mlp.up_proj"):
-            plan[f"model.layers.{index}.{name}"] = ColwiseParallel()
-        for name in ("self_attn.o_proj", "mlp.down_proj"):
-            plan[f"model.layers.{index}.{name}"] = RowwiseParallel()
-    return parallelize_module(model, mesh, plan)
-
-
-class Watch:
-    """Counts graphs and their collectives on the way to what runs them."""
-
-    def __init__(self, lowered: bool) -> None:
+    def __init__(self, config: str) -> None:
+        self.config = config
+        for prefix in _PREFIXES:
+            self.config = self.config.removeprefix(prefix)
+        self.lowered, self.broken = "aot:" in config, "!" in config
         self.collectives: list[int] = []
-        self.lowered = lowered
+        self.remarks: list[Remark] = []
+        self.logits: Any = None
+        self.tokens: Any = None
+        self.pages: list[int] = []
 
-    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        """Run the graph, as Inductor would get it if asked to."""
+    def compile(self, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        """Return what runs ``gm``, rewritten in place."""
+        control = mock.patch("graphopt.ir.shards.summed_behind", return_value=None)
+        local = localise(gm, inputs)
+        with control if self.broken else nullcontext():
+            report, _ = rewrite(gm, parse_options({"config": self.config}))
+        self.remarks += report.all_remarks()
+        self.remarks += [] if local.remark is None else [local.remark]
         self.collectives.append(count_collectives(gm))
-        return traced(gm, inputs) if self.lowered else gm
+        compiled = traced(gm, local.inputs) if self.lowered else gm
+        return lambda *given: compiled(*local.arguments(given))
+
+    def told(self) -> dict[str, Any]:
+        """Return what was seen but the logits."""
+        missed = [r for r in self.remarks if r.kind in ("missed", "failure")]
+        said = [r for r in missed if r.code in ("sharded", "undone")]
+        return {
+            "tokens": self.tokens,
+            "pages": self.pages,
+            "collectives": self.collectives,
+            "applied": sum(r.kind == "applied" for r in self.remarks),
+            "codes": sorted({r.code for r in missed}),
+            "said": sorted(map(str, said)),
+        }
 
 
-def predict(model: Any, config: str, ids: torch.Tensor) -> tuple[Any, ...]:
-    """Return the logits behind the prompt."""
-    return model(ids, use_cache=False, logits_to_keep=1).logits, None, None
+def run_all(model: Any, configs: Sequence[str], ids: torch.Tensor) -> dict[str, Run]:
+    """Return what ``model`` did under each of ``configs``."""
+    runs = {config: Run(config) for config in configs}
+    made = [run for config, run in runs.items() if "generate:" in config]
+    with torch.no_grad():
+        predict(model, [run for run in runs.values() if run not in made], ids)
+        for run in made:
+            generate(model, run, ids)
+    return runs
 
 
-def generate(model: Any, config: str, ids: torch.Tensor) -> tuple[Any, ...]:
-    """Return logits [steps, V], tokens and cache of a greedy generation of one row."""
-    asked = wanted_by(config)
-    cache = DynamicCache() if asked is None else Cache.from_config(config, model)
+def predict(model: Any, runs: Sequence[Run], ids: torch.Tensor) -> None:
+    """Find the logits behind the prompt, by one graph in as many versions."""
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        # The last gets the graph itself, which knows more of where it comes from.
+        graphs = [_copied(gm) for _ in runs[1:]] + [gm]
+        compiled = [r.compile(g, inputs) for r, g in zip(runs, graphs, strict=True)]
+
+        def call(*given: Any) -> Any:
+            results = [one(*given) for one in compiled]
+            for run, result in zip(runs, results, strict=True):
+                run.logits = result[0]
+            return results[0]
+
+        return call
+
+    if runs:
+        torch._dynamo.reset()
+        model.compile(backend=backend, dynamic=True)
+        model(ids, use_cache=False, logits_to_keep=1)
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    copy = copy_module(gm)
+    copy.meta = dict(gm.meta)
+    return copy
+
+
+def generate(model: Any, run: Run, ids: torch.Tensor) -> None:
+    """Find the logits [steps, V] and the tokens of a greedy generation of one row."""
+    torch._dynamo.reset()  # else the limit of recompilations leaves it as it was
+    model.compile(backend=run.compile, dynamic=True)
+    asked = wanted_by(run.config)
+    cache = DynamicCache() if asked is None else Cache.from_config(run.config, model)
+    found = _generated(model, ids, cache)
+    run.logits = torch.cat(found.logits)
+    run.tokens = found.sequences[0, ids.shape[1] :].tolist()
+    run.pages = _pages_read(cache)
+
+
+def _generated(model: Any, ids: torch.Tensor, cache: Any) -> Any:
     model.generation_config.eos_token_id = None
-    found = model.generate(
+    return model.generate(
         ids[:1].contiguous(),
         past_key_values=cache,
         max_new_tokens=4,
@@ -98,10 +141,9 @@ def generate(model: Any, config: str, ids: torch.Tensor) -> tuple[Any, ...]:
         return_dict_in_generate=True,
         output_logits=True,
     )
-    return torch.cat(found.logits), found.sequences[0, ids.shape[1] :].tolist(), cache
 
 
-def pages_read(cache: Any) -> list[int]:
+def _pages_read(cache: Any) -> list[int]:
     """Return how many pages each KV head of the last layer read, and a row has."""
     if not isinstance(cache, Cache):
         return []
@@ -109,62 +151,40 @@ def pages_read(cache: Any) -> list[int]:
     return [*chosen.tolist(), pages_of(cache.get_seq_length())]
 
 
-def run(model: nn.Module, config: str, ids: torch.Tensor) -> dict[str, Any]:
-    """Return the logits under ``config``, its graphs, collectives and remarks."""
-    config = config.removeprefix("torch:")
-    watch, reports = Watch(config.startswith("aot:")), []
-    call = generate if config.startswith("generate:") else predict
-    config = config.removeprefix("aot:").removeprefix("generate:")
-    broken, config = config.startswith("!"), config.removeprefix("!")
-    control = mock.patch("graphopt.ir.shards.summed_behind", return_value=None)
-    twin = rewritten(model, config, host=watch, reports=reports, copied=False)
-    with torch.no_grad(), control if broken else nullcontext():
-        logits, tokens, cache = call(twin, config, ids)
-    remarks = [r for report in reports for r in report.all_remarks()]
-    return {
-        "logits": logits,
-        "tokens": tokens,
-        "pages": pages_read(cache),
-        "collectives": watch.collectives,
-        "applied": sum(r.kind == "applied" for r in remarks),
-        "codes": sorted({r.code for r in remarks if r.kind in ("missed", "failure")}),
-        "local": sum(r.code == "local" for r in remarks),
-        "said": sorted({str(r) for r in remarks if r.code in ("sharded", "undone")}),
-    }
-
-
 def main(path: str, configs: list[str]) -> None:
     """Compare every config with the whole model under it, and without."""
     ids = torch.randint(3, 99, (2, 150), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        plain = {call: call(whole(path), "", ids)[0] for call in (predict, generate)}
-    parts = {how: shared(path, how) for how in ("transformers", "torch")}
-    ours = [run(parts[_engine(config)], config, ids) for config in configs]
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    found: list[Any] = [None] * ranks
-    mine = {}
+    by_torch = [config for config in configs if config.startswith("torch:")]
+    rest = [config for config in configs if config not in by_torch]
+    ours = run_all(shared(path, "transformers"), rest, ids)
+    ours |= run_all(shared(path, "torch"), by_torch, ids)
     # What one process does is shared out too: it takes as long.
-    for index in range(rank, len(configs), ranks):
-        config = configs[index]
-        before = plain[generate if config.startswith("generate:") else predict]
-        mine[index] = _compared(ours[index], run(whole(path), config, ids), before)
+    alone = run_all(whole(path), configs[rank::ranks], ids)
+    plain = _plain(whole(path), ids)
+    mine = {
+        c: _compared(ours[c], run, plain[run.tokens is None])
+        for c, run in alone.items()
+    }
+    found: list[Any] = [None] * ranks
     dist.all_gather_object(found, mine)
-    say([found[index % ranks][index] for index in range(len(configs))])
+    say([found[i % ranks][config] for i, config in enumerate(configs)])
 
 
-def _engine(config: str) -> str:
-    return "torch" if config.startswith("torch:") else "transformers"
+def _plain(model: Any, ids: torch.Tensor) -> dict[bool, torch.Tensor]:
+    """Return the logits behind the prompt (True), and of a generation."""
+    with torch.no_grad():
+        behind = model(ids, use_cache=False, logits_to_keep=1).logits
+        generated = _generated(model, ids, DynamicCache()).logits
+    return {True: behind, False: torch.cat(generated)}
 
 
-def _compared(
-    ours: dict[str, Any], alone: dict[str, Any], plain: torch.Tensor
-) -> dict[str, Any]:
+def _compared(ours: Run, alone: Run, plain: torch.Tensor) -> dict[str, Any]:
     """Return the differences: to one process, and to the model as it is."""
-    logits = ours.pop("logits")
-    difference = (logits - alone["logits"]).abs().max().item()
-    effect = (logits - plain).abs().max().item()
-    same = {"alone": alone["applied"], "tokens_alone": alone["tokens"]}
-    return {**ours, **same, "difference": difference, "effect": effect}
+    difference = (ours.logits - alone.logits).abs().max().item()
+    effect = (ours.logits - plain).abs().max().item()
+    same = {"alone": alone.told()["applied"], "tokens_alone": alone.tokens}
+    return {**ours.told(), **same, "difference": difference, "effect": effect}
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ BY_TORCH = f"torch:{SPARSE},{TOKENS}"
 RETURNING = (
     "generate:structured-mask,token-drop{revive=true,schedule=[{layer=0,keep=0.5}]}"
 )
-NEURONS = "neuron-mask{layers=[0,1],keep=0.5,min_tokens=0"
-CORE = f"generate:{NEURONS},refresh=2}}"
-CODES = f"generate:{NEURONS},buffers=int8}}"
+NEURONS = "neuron-mask{keep=0.5,min_tokens=0"
+CORE = f"generate:{NEURONS},layers=[0,1],buffers=int8,refresh=2}}"
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +38,10 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def gated(saved):
-    """CATS, with thresholds of the whole model, and decoding kernels behind it."""
-    path = saved / "thresholds"
-    observed(TINY["llama"](), token_ids(1, 40, seed=3)).write(path)
-    cats = f'neuron-mask{{method=cats,thresholds="{path}.toml",force=true}}'
-    return f"generate:{cats},skinny-linear"
-
-
-@pytest.fixture(scope="module")
 def paged(saved):
-    """Pages, by a table of heads, and the neurons of the nearest cluster of texts.
-
-    Rank 0 has the KV head that streams in layer 0, rank 1 that of layer 1.
+    """Pages, by a table of heads: rank 0 has the one that streams in layer 0, rank 1
+    that of layer 1; in layer 0 the neurons of the nearest cluster of texts, in layer 1
+    those over a threshold of the whole model; and decoding kernels.
     """
     (saved / "gates.tsv").write_text("0.1\t0.9\n0.8\t0.2\n")
     shares = torch.rand((2, 2, 128), generator=torch.Generator().manual_seed(5))
@@ -60,17 +50,24 @@ def paged(saved):
     shares[:, 1, 64:] *= 0.01
     Clusters(dict(enumerate(shares))).write(saved / "clusters.toml")
     table = f'table="{saved}/gates.tsv",sink=0,local=64'
-    nearest = f'mode=similarity,clusters="{saved}/clusters.toml"'
-    pages = f"page-selection{{budget=128,{table}}}"
-    return f"generate:{pages},{NEURONS},{nearest},force=true}}"
+    nearest = f'layers=[0],mode=similarity,clusters="{saved}/clusters.toml"'
+    observed(TINY["llama"](), token_ids(1, 40, seed=3)).write(saved / "thresholds")
+    gates = f'method=cats,layers=[1],thresholds="{saved}/thresholds.toml"'
+    passes = (
+        f"page-selection{{budget=128,{table}}}",
+        f"{NEURONS},{nearest},force=true}}",
+        f"neuron-mask{{{gates},force=true}}",
+        "skinny-linear",
+    )
+    return f"generate:{','.join(passes)}"
 
 
 @pytest.fixture(scope="module")
-def found(saved, gated, paged):
+def found(saved, paged):
     """What the ranks found under every config: processes are slow to start."""
-    predicted = (f"aot:{SPARSE}", TOKENS, f"!{TOKENS}", TIED, BY_TORCH)
-    configs = (*predicted, gated, RETURNING, paged, CORE, CODES)
-    results = launch(SCRIPT, str(saved), json.dumps(configs), limit=600)
+    predicted = (BY_TORCH, TOKENS, f"!{TOKENS}", TIED, f"aot:{SPARSE}")
+    configs = (*predicted, RETURNING, paged, CORE)
+    results = launch(SCRIPT, str(saved), json.dumps(configs), limit=300)
     return dict(zip(configs, results, strict=True))
 
 
@@ -108,33 +105,25 @@ def same_tokens(result, *collectives):
     assert result["tokens"] == result["tokens_alone"]
     assert result["difference"] < 1e-5
     assert result["collectives"] == list(collectives)  # of each graph: a prompt's first
-    assert result["applied"] == result["alone"]
+    assert result["effect"] > 1e-2
 
 
-def test_generation_with_a_cache(found, gated):
-    for config, collectives in ((gated, 6), (RETURNING, 7)):
-        same_tokens(found[config], collectives, collectives)
-        assert found[config]["applied"] > 0
-        assert found[config]["effect"] > 1e-2
+def test_tokens_return_as_all_heads_ask_for_them(found):
+    same_tokens(found[RETURNING], 7, 7)
+    assert found[RETURNING]["applied"] == found[RETURNING]["alone"] == 2
 
 
 def test_core_neurons_are_chosen_among_those_of_all_ranks(found):
-    # Both layers gather what the prompt, and a dense step, activate; others do not.
-    same_tokens(found[CORE], 8, 6, 8)
-    assert found[CORE]["applied"] == 6
-    assert found[CORE]["effect"] > 1e-2
+    # Both layers gather what the prompt, and a dense step, activate, and agree on the
+    # scales of the down projections; other steps exchange nothing for it.
+    same_tokens(found[CORE], 10, 6, 10)
+    assert found[CORE]["applied"] == found[CORE]["alone"] == 6
 
 
-def test_scales_are_of_the_chosen_neurons_of_all_ranks(found):
-    same_tokens(found[CODES], 10, 6)
-    assert found[CODES]["applied"] == 4
-    assert found[CODES]["effect"] > 1e-2
-
-
-def test_pages_and_clusters_are_this_ranks(found, paged):
+def test_pages_clusters_and_thresholds_are_this_ranks(found, paged):
     result = found[paged]
-    same_tokens(result, 8, 6)
-    assert result["applied"] == 6
-    assert result["effect"] > 1e-2
-    # In layer 0 rank 0's only KV head streams; what is read of 3 pages is in layer 1.
+    same_tokens(result, 7, 6)
+    # A step's linears over the core are no plain ones, for which there are kernels.
+    assert result["applied"] == result["alone"] - 3 == 16
+    # In layer 1 rank 0's only KV head has all pages, and reads some.
     assert result["pages"] == [2, 3]
