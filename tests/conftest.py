@@ -48,3 +48,5 @@ def _fresh_dynamo() -> None:
     import torch
 
     torch._dynamo.reset()
+    # Else it formats the stack of every write to a cache, a tenth of tracing it.
+    torch._dynamo.config.side_effect_replay_policy = "silent"

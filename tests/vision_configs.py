@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from tests.models import padding_mask
 
 IMAGE = 99  # the token that stands for one vision token
-LAYERS = 4
+LAYERS = 3
 HIDDEN = 64
 SIDE = 6  # patches of an image each way: four windows of 3 x 3
 PATCHES = SIDE * SIDE

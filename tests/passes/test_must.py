@@ -17,8 +17,8 @@ from tests.models import TINY, capture, copy_graph
 from tests.vision_configs import IMAGE, PATCHES, encoded, pixels, prompt, vision_model
 from tests.vision_oracle import Rule, chosen_windows, eager, key_set, run_rows
 
-PLAN = [(0, Fraction(3, 5)), (2, Fraction(1, 5))]
-POINTS = "schedule=[{layer=0,keep=0.6},{layer=2,keep=0.2}]"
+PLAN = [(0, Fraction(3, 5)), (1, Fraction(1, 5))]
+POINTS = "schedule=[{layer=0,keep=0.6},{layer=1,keep=0.2}]"
 VOCABULARY = 100
 ASKED = {"use_cache": False, "logits_to_keep": 1}
 
@@ -53,18 +53,19 @@ def llava():
 
 
 def rewritten(graph, config):
-    """Run the passes on a copy; return the last logits and the pass's remarks."""
+    """Run the passes on a copy; return its last logits, their remarks and `Places`."""
     gm = copy_graph(graph)
     report, _ = rewrite(gm, parse_options({"config": config}))
     remarks = [r for p in report.records for r in p.remarks]
     remarks = [r for r in remarks if r.pass_name == "token-drop"]
-    logits = logits_of(gm, graph.meta["arguments"])
-    return logits, {(r.kind, r.code) for r in remarks}
+    places = Places(gm)
+    logits = logits_of(places.run, graph.meta["arguments"])
+    return logits, {(r.kind, r.code) for r in remarks}, places.alive
 
 
-def logits_of(gm, arguments):
+def logits_of(run, arguments):
     with torch.no_grad():
-        outputs = gm(*arguments)
+        outputs = run(*arguments)
     return next(o for o in outputs if o.shape[-1] == VOCABULARY)[:, 0]
 
 
@@ -79,15 +80,6 @@ class Places(fx.Interpreter):
             whole = self.alive is None
             self.alive = value if whole else self.alive.gather(1, value)
         return value
-
-
-def alive_in(graph, config):
-    gm = copy_graph(graph)
-    rewrite(gm, parse_options({"config": config}))
-    places = Places(gm)
-    with torch.no_grad():
-        places.run(*graph.meta["arguments"])
-    return places.alive
 
 
 def same_places(found, expected, inputs):
@@ -110,9 +102,9 @@ def test_must_keeps_what_the_eager_filter_keeps():
     inputs, _, graph = llava()
     keys = key_set(model_of()[1], inputs["pixel_values"], 0.08).flatten()
     expected, alive = run_rows(model_of()[1], inputs, Rule(PLAN, keys=keys))
-    out, codes = rewritten(graph, must())
+    out, codes, places = rewritten(graph, must())
     close(out, expected)
-    same_places(alive_in(graph, must()), alive, inputs)
+    same_places(places, alive, inputs)
     assert codes == {("applied", "rewritten"), ("analysis", "key-set")}
     without, _ = run_rows(model_of()[1], inputs, Rule(PLAN))
     assert not torch.allclose(without, expected)  # the key set matters here
@@ -130,16 +122,16 @@ def test_baselines_on_vision_tokens(method):
 def test_merged_windows():
     inputs, dense, graph = llava()
     twin, images = model_of()[1], inputs["pixel_values"]
-    plan = [(0, Fraction(1, 2)), (2, Fraction(1, 5))]
+    plan = [(0, Fraction(1, 2)), (1, Fraction(1, 5))]
     windows = chosen_windows(twin, images, 2)
     assert [len(image) for image in windows] == [2, 2]
     keys = key_set(twin, images, 0.08, windows).flatten()
     expected, _ = run_rows(twin, inputs, Rule(plan, keys=keys, windows=windows))
-    points = "schedule=[{layer=0,keep=0.5},{layer=2,keep=0.2}]"
-    out, codes = rewritten(graph, must("merge_share=0.5,", points))
+    points = "schedule=[{layer=0,keep=0.5},{layer=1,keep=0.2}]"
+    out, codes, _ = rewritten(graph, must("merge_share=0.5,", points))
     close(out, expected)
     assert ("analysis", "merged") in codes
-    out, codes = rewritten(graph, must("merge_share=0.5,"))
+    out, codes, _ = rewritten(graph, must("merge_share=0.5,"))
     assert codes == {("missed", "cannot-follow")}  # 20 of 36 are left, 22 are to live
     close(out, dense)  # nor do windows merge
 
@@ -157,14 +149,15 @@ def test_thresholds(bounds):
     assert len(alive[0]) < 60 - 8  # more than the merged went
     both = "global_threshold={},individual_threshold={},".format(*bounds)
     config = must(f"mode=threshold,similarity=0.02,{both}")
-    close(rewritten(graph, config)[0], expected)
-    same_places(alive_in(graph, config), alive, inputs)
+    out, _, places = rewritten(graph, config)
+    close(out, expected)
+    same_places(places, alive, inputs)
 
 
 def test_thresholds_of_zero_let_nothing_go():
     _, dense, graph = llava()
     options = "mode=threshold,individual_threshold=0.0,similarity=1.0,"
-    out, codes = rewritten(graph, f"token-drop{{method=must,{options}{POINTS}}}")
+    out, codes, _ = rewritten(graph, f"token-drop{{method=must,{options}{POINTS}}}")
     assert ("applied", "rewritten") in codes
     assert torch.equal(out, dense)
 
@@ -173,14 +166,14 @@ def test_thresholds_of_zero_let_nothing_go():
 def test_a_share_of_one_leaves_the_graph(options):
     _, dense, graph = llava()
     config = f"token-drop{{{options},schedule=[{{layer=1,keep=1.0}}]}}"
-    out, codes = rewritten(graph, config)
+    out, codes, _ = rewritten(graph, config)
     assert torch.equal(out, dense)
     assert codes == {("missed", "keeps-all")}
 
 
 def test_methods_on_all_tokens_find_the_language_model():
     _, dense, graph = llava()
-    out, codes = rewritten(graph, "token-drop{schedule=[{layer=1,keep=0.5}]}")
+    out, codes, _ = rewritten(graph, "token-drop{schedule=[{layer=1,keep=0.5}]}")
     assert codes == {("applied", "rewritten")}
     assert not torch.allclose(out, dense)
 
@@ -268,7 +261,7 @@ def test_images_that_were_encoded_before(name):
     inputs = {**rows, **encoded(2, vision)}
     (graph,) = capture(model, **inputs, **ASKED)
     expected, _ = run_rows(twin, inputs, Rule(PLAN))
-    out, codes = rewritten(graph, must())
+    out, codes, _ = rewritten(graph, must())
     close(out, expected)
     assert ("analysis", "no-encoder-stage") in codes
 
@@ -303,6 +296,6 @@ def test_prompts_without_images_stay_as_they_are():
     warm(model, rows)
     (graph,) = capture(model, **rows, **ASKED)
     dense = logits_of(graph, graph.meta["arguments"])
-    out, codes = rewritten(graph, "token-drop{method=must}")
+    out, codes, _ = rewritten(graph, "token-drop{method=must}")
     assert torch.equal(out, dense)
     assert codes == {("missed", "no-vision")}
