@@ -43,8 +43,8 @@ class RankingOptions(Pass):
 
     @property
     def asks_ranks(self) -> bool:
-        """A mean is summed over ranks; ``must`` takes maxima of means inside."""
-        return self.method != "must"
+        """A mean over heads is summed over ranks, before any maximum is taken of it."""
+        return True
 
     @property
     def ranking(self) -> Ranking:

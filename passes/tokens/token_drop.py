@@ -97,10 +97,9 @@ class TokenDrop(VisionOptions):
       only: ``logits_to_keep=1``);
     - ``fixed-length``: the schedule has several points and the graph was traced for one
       length (compile with ``dynamic=True``);
-    - ``sharded``: ``must``, whose maxima are of means over heads, where ranks share
-      heads out;
     - ``model-window``: later layers see a window, and distances would shrink;
-    - ``cannot-follow``: a later operator cannot run on fewer tokens.
+    - ``cannot-follow``: a later operator cannot run on fewer tokens; ranks share out
+      the heads of the images' encoder.
     """
 
     name: ClassVar[str] = "token-drop"

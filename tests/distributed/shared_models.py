@@ -17,7 +17,7 @@ def whole(path: str) -> Any:
 def shared(path: str, how: str) -> Any:
     """Return this rank's part of the model."""
     if how == "torch":
-        return _parallelized(whole(path))
+        return parallelized(whole(path))
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -25,7 +25,8 @@ def shared(path: str, how: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, distributed_config=plan).eval()
 
 
-def _parallelized(model: Any) -> Any:
+def parallelized(model: Any) -> Any:
+    """Share out the decoder layers of ``model``, in place, and return it."""
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
@@ -34,11 +35,13 @@ def _parallelized(model: Any) -> Any:
 
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     plan: dict[str, Any] = {}
-    for index in range(model.config.num_hidden_layers):
+    layers = next(n for n, m in model.named_modules() if hasattr(m, "input_layernorm"))
+    stack = layers.rpartition(".")[0]
+    for index in range(model.config.get_text_config().num_hidden_layers):
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-            plan[f"model.layers.{index}.{name}"] = ColwiseParallel()
+            plan[f"{stack}.{index}.{name}"] = ColwiseParallel()
         for name in ("mlp.gate_proj", "mlp.up_proj"):
-            plan[f"model.layers.{index}.{name}"] = ColwiseParallel()
+            plan[f"{stack}.{index}.{name}"] = ColwiseParallel()
         for name in ("self_attn.o_proj", "mlp.down_proj"):
-            plan[f"model.layers.{index}.{name}"] = RowwiseParallel()
+            plan[f"{stack}.{index}.{name}"] = RowwiseParallel()
     return parallelize_module(model, mesh, plan)

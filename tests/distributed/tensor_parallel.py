@@ -7,7 +7,8 @@ config that starts with ``!`` runs without the sums that passes add, as a contro
 that starts with ``aot:`` runs as Inductor would get it, the others operator by
 operator. One that starts with ``generate:`` is compared over the tokens and logits of a
 greedy generation, the others over the logits behind a prompt: the model is traced once
-for all of these, which takes most of the time.
+for all of these, which takes most of the time. Those that start with ``vision:`` get a
+prompt with images, and a model for it that torch shares out.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ from graphopt.options import parse_options
 from graphopt.remarks import Remark
 from graphopt.runtime.cache import Cache, wanted_by
 from tests.distributed.launch import say
-from tests.distributed.shared_models import shared, whole
+from tests.distributed.shared_models import parallelized, shared, whole
 from tests.rewriting import traced
+from tests.vision_configs import PATCHES, encoded, prompt, vision_model
 
-_PREFIXES = ("torch:", "generate:", "aot:", "!")
+_PREFIXES = ("torch:", "vision:", "generate:", "aot:", "!")
+_BEHIND: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+_Inputs = dict[str, Any]
 
 
 class Run:
@@ -79,18 +83,18 @@ class Run:
         }
 
 
-def run_all(model: Any, configs: Sequence[str], ids: torch.Tensor) -> dict[str, Run]:
+def run_all(model: Any, configs: Sequence[str], inputs: _Inputs) -> dict[str, Run]:
     """Return what ``model`` did under each of ``configs``."""
     runs = {config: Run(config) for config in configs}
     made = [run for config, run in runs.items() if "generate:" in config]
     with torch.no_grad():
-        predict(model, [run for run in runs.values() if run not in made], ids)
+        predict(model, [run for run in runs.values() if run not in made], inputs)
         for run in made:
-            generate(model, run, ids)
+            generate(model, run, inputs["input_ids"])
     return runs
 
 
-def predict(model: Any, runs: Sequence[Run], ids: torch.Tensor) -> None:
+def predict(model: Any, runs: Sequence[Run], inputs: _Inputs) -> None:
     """Find the logits behind the prompt, by one graph in as many versions."""
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -108,8 +112,9 @@ def predict(model: Any, runs: Sequence[Run], ids: torch.Tensor) -> None:
 
     if runs:
         torch._dynamo.reset()
+        model(**inputs, **_BEHIND)  # transformers installs hooks at a first call
         model.compile(backend=backend, dynamic=True)
-        model(ids, use_cache=False, logits_to_keep=1)
+        model(**inputs, **_BEHIND)
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:
@@ -144,39 +149,63 @@ def _generated(model: Any, ids: torch.Tensor, cache: Any) -> Any:
 
 
 def _pages_read(cache: Any) -> list[int]:
-    """Return how many pages each KV head of the last layer read, and a row has."""
+    """Return how many pages each KV head without a ring read, and a row has."""
     if not isinstance(cache, Cache):
         return []
-    chosen = (cache.layers[-1].selected[0] >= 0).sum(1)
-    return [*chosen.tolist(), pages_of(cache.get_seq_length())]
+    chosen = torch.cat([layer.selected[0] for layer in cache.layers])
+    return [*(chosen >= 0).sum(1).tolist(), pages_of(cache.get_seq_length())]
 
 
 def main(path: str, configs: list[str]) -> None:
     """Compare every config with the whole model under it, and without."""
-    ids = torch.randint(3, 99, (2, 150), generator=torch.Generator().manual_seed(1))
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    by_torch = [config for config in configs if config.startswith("torch:")]
-    rest = [config for config in configs if config not in by_torch]
-    ours = run_all(shared(path, "transformers"), rest, ids)
-    ours |= run_all(shared(path, "torch"), by_torch, ids)
-    # What one process does is shared out too: it takes as long.
-    alone = run_all(whole(path), configs[rank::ranks], ids)
-    plain = _plain(whole(path), ids)
-    mine = {
-        c: _compared(ours[c], run, plain[run.tokens is None])
-        for c, run in alone.items()
-    }
+    mine: dict[str, dict[str, Any]] = {}
+    for kind in ("transformers", "torch", "vision"):
+        chosen = [config for config in configs if _kind(config) == kind]
+        inputs = _inputs(kind)
+        ours = run_all(_part(kind, path), chosen, inputs)
+        # What one process does is shared out too: it takes as long.
+        alone = run_all(_whole(kind, path), chosen[rank::ranks], inputs)
+        plain = _plain(_whole(kind, path), inputs)
+        for config, run in alone.items():
+            compared = _compared(ours[config], run, plain[run.tokens is not None])
+            mine[config] = compared
     found: list[Any] = [None] * ranks
     dist.all_gather_object(found, mine)
-    say([found[i % ranks][config] for i, config in enumerate(configs)])
+    told = {config: result for part in found for config, result in part.items()}
+    say([told[config] for config in configs])
 
 
-def _plain(model: Any, ids: torch.Tensor) -> dict[bool, torch.Tensor]:
-    """Return the logits behind the prompt (True), and of a generation."""
+def _kind(config: str) -> str:
+    kind = config.partition(":")[0]
+    return kind if kind in ("torch", "vision") else "transformers"
+
+
+def _whole(kind: str, path: str) -> Any:
+    return vision_model("llava") if kind == "vision" else whole(path)
+
+
+def _part(kind: str, path: str) -> Any:
+    if kind == "vision":
+        return parallelized(vision_model("llava"))
+    return shared(path, kind)
+
+
+def _inputs(kind: str) -> _Inputs:
+    if kind == "vision":
+        return {**prompt([60, 52], [[5], [3]], PATCHES), **encoded(2, PATCHES)}
+    generator = torch.Generator().manual_seed(1)
+    return {"input_ids": torch.randint(3, 99, (2, 150), generator=generator)}
+
+
+def _plain(model: Any, inputs: _Inputs) -> list[torch.Tensor]:
+    """Return the logits behind the prompt, and of a generation without images."""
     with torch.no_grad():
-        behind = model(ids, use_cache=False, logits_to_keep=1).logits
-        generated = _generated(model, ids, DynamicCache()).logits
-    return {True: behind, False: torch.cat(generated)}
+        behind = model(**inputs, **_BEHIND).logits
+        if len(inputs) > 1:
+            return [behind]
+        generated = _generated(model, inputs["input_ids"], DynamicCache()).logits
+    return [behind, torch.cat(generated)]
 
 
 def _compared(ours: Run, alone: Run, plain: torch.Tensor) -> dict[str, Any]:

@@ -25,6 +25,10 @@ BY_TORCH = f"torch:{SPARSE},{TOKENS}"
 RETURNING = (
     "generate:structured-mask,token-drop{revive=true,schedule=[{layer=0,keep=0.5}]}"
 )
+POINTS = "schedule=[{layer=0,keep=0.4}]"
+MUST = f"vision:token-drop{{method=must,{POINTS}}}"
+BY_DATA = "mode=threshold,global_threshold=0.03,individual_threshold=0.06"
+MUST_BY_DATA = f"vision:token-drop{{method=must,{BY_DATA},{POINTS}}}"
 NEURONS = "neuron-mask{keep=0.5,min_tokens=0"
 CORE = f"generate:{NEURONS},layers=[0,1],buffers=int8,refresh=2}}"
 
@@ -66,8 +70,10 @@ def paged(saved):
 def found(saved, paged):
     """What the ranks found under every config: processes are slow to start."""
     predicted = (BY_TORCH, TOKENS, f"!{TOKENS}", TIED, f"aot:{SPARSE}")
-    configs = (*predicted, RETURNING, paged, CORE)
-    results = launch(SCRIPT, str(saved), json.dumps(configs), limit=300)
+    configs = (*predicted, RETURNING, paged, CORE, MUST, MUST_BY_DATA)
+    # Placeholders of images and layers come into one graph.
+    env = {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}
+    results = launch(SCRIPT, str(saved), json.dumps(configs), limit=300, env=env)
     return dict(zip(configs, results, strict=True))
 
 
@@ -100,6 +106,11 @@ def test_torchs_own_plan(found):
     same(found[BY_TORCH], sites=5, collectives=5)
 
 
+def test_vision_tokens_are_judged_by_the_heads_of_all_ranks(found):
+    for config in (MUST, MUST_BY_DATA):
+        same(found[config], sites=1, collectives=7)
+
+
 def same_tokens(result, *collectives):
     """Say that a generation is that of the whole model under the same passes."""
     assert result["tokens"] == result["tokens_alone"]
@@ -125,5 +136,5 @@ def test_pages_clusters_and_thresholds_are_this_ranks(found, paged):
     same_tokens(result, 7, 6)
     # A step's linears over the core are no plain ones, for which there are kernels.
     assert result["applied"] == result["alone"] - 3 == 16
-    # In layer 1 rank 0's only KV head has all pages, and reads some.
+    # A rank's only KV head has all pages in one of the layers, and reads some.
     assert result["pages"] == [2, 3]

@@ -10,10 +10,12 @@ import torch
 from graphopt.ops.tokens import (
     alike_windows,
     class_keys,
+    dual_from,
     dual_scores,
     keep_passing,
     merge_windows,
     merged_away,
+    text_attention,
     vision_ranks,
 )
 from graphopt.ops.tokens import dual_scores as scores_module
@@ -85,6 +87,23 @@ def test_dual_scores_in_pieces(monkeypatch):
     monkeypatch.setattr(module, "_CELLS", 1)
     pieces = dual_scores(query, key, vision, None, 0.3, 0.1, 0.05)
     torch.testing.assert_close(pieces[vision], whole[vision])
+
+
+@pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (5.0, 9)])
+def test_dual_scores_of_heads_on_two_ranks(softcap, window):
+    query, key, vision = tensors()
+    rest, limits = (0.3, softcap, window), (0.1, 0.05)
+    whole = dual_scores(query, key, vision, None, 0.3, *limits, softcap, window)
+    halves = zip(query.chunk(2, 1), key.chunk(2, 1), strict=True)
+    parts = [text_attention(q, k, vision, None, *rest) for q, k in halves]
+    scores = dual_from(sum(parts) / 2, vision, *limits)
+    torch.testing.assert_close(scores[vision], whole[vision])
+    args = (query.float(), key.float(), vision, None, *rest)
+    torch.library.opcheck(torch.ops.graphopt.text_attention.default, args)
+    vision[0, -1] = True  # an image at the end
+    vision[1] = False  # no image
+    paid = text_attention(query, key, vision, None, *rest)
+    assert dual_from(paid, vision, *limits).isinf().all()
 
 
 def test_rows_without_text_behind_images_keep_all():

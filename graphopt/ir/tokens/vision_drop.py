@@ -13,6 +13,7 @@ from torch import fx
 from graphopt.errors import PassError
 from graphopt.ir.match import shape_of
 from graphopt.ir.replace import call, key_mask_of
+from graphopt.ir.shards import mean_of_heads, summed_heads
 from graphopt.ir.stream.layers import Layer
 from graphopt.ir.tokens.drop import drop_chosen, scale_of, stream_behind
 from graphopt.ir.vision.insert import insert
@@ -81,11 +82,17 @@ def dual_scores(
     if site.pattern == "full" or site.unsupported:
         why = site.unsupported or "no causal mask"
         raise PassError(f"attention[{site.index}] cannot be scored: {why}")
+    like = summed_heads(model, site)
     with graph.inserting_before(stream_behind(layer).next):
         mask = key_mask_of(graph, site)
-        args = (site.query, site.key, tokens.mask, mask, scale_of(site), *thresholds)
+        args = (site.query, site.key, tokens.mask, mask, scale_of(site))
         rest = (site.softcap, site.window)
-        return call(graph, _ops.dual_scores.default, (*args, *rest))
+        if like is None:
+            return call(graph, _ops.dual_scores.default, (*args, *thresholds, *rest))
+        # A maximum is of the mean over the heads of all ranks: that comes first.
+        part = call(graph, _ops.text_attention.default, (*args, *rest))
+        paid = mean_of_heads(graph, like, part)
+        return call(graph, _ops.dual_from.default, (paid, tokens.mask, *thresholds))
 
 
 def drop_vision(model: LanguageGraph, tokens: VisionTokens, drop: VisionDrop) -> None:

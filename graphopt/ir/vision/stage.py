@@ -13,6 +13,7 @@ from graphopt.errors import PassError
 from graphopt.ir.match import sizes_of
 from graphopt.ir.model_graph import ModelGraph
 from graphopt.ir.replace import call
+from graphopt.ir.shards import summed_heads
 from graphopt.ir.tokens.drop import scale_of, stream_behind
 from graphopt.ir.vision.carry import carry_marks, projected_patches
 from graphopt.ir.vision.encoder import VisionEncoder, find_encoder
@@ -50,7 +51,10 @@ class Stage:
 
 
 def encoder_stage(model: LanguageGraph, rule: StageRule) -> Stage:
-    """Insert merging and the key set; remarks say why they are off where they are."""
+    """Insert merging and the key set; remarks say why they are off where they are.
+
+    PassError where ranks would choose by parts of the encoder's heads.
+    """
     span = model.span
     assert span is not None
     if not (rule.key_share or rule.merge_share or rule.similarity is not None):
@@ -58,6 +62,10 @@ def encoder_stage(model: LanguageGraph, rule: StageRule) -> Stage:
     encoder, reason = find_encoder(model.gm, span)
     if encoder is None:
         return Stage(remarks=(analysis("graph", "no-encoder-stage", reason),))
+    if summed_heads(ModelGraph(model.gm), encoder.attention[-1]) is not None:
+        raise PassError(
+            "ranks share out the heads of the encoder, which choose patches"
+        )
     try:
         return _Inserted(model, encoder, span.writes[0]).stage(rule)
     except PassError as error:

@@ -6,7 +6,7 @@ own tokens.
 """
 
 from graphopt.ops.tokens.cached import real_first, visible_tokens
-from graphopt.ops.tokens.dual_scores import dual_scores
+from graphopt.ops.tokens.dual_scores import dual_from, dual_scores, text_attention
 from graphopt.ops.tokens.keep import keep_tokens
 from graphopt.ops.tokens.keep_passing import keep_passing
 from graphopt.ops.tokens.pack import pack_prompts, take_packed, unpack_tokens
@@ -22,6 +22,7 @@ __all__ = [
     "WHOLE",
     "alike_windows",
     "class_keys",
+    "dual_from",
     "dual_scores",
     "keep_passing",
     "keep_tokens",
@@ -36,6 +37,7 @@ __all__ = [
     "spread_scores",
     "take_packed",
     "take_tokens",
+    "text_attention",
     "token_scores",
     "unpack_tokens",
     "visible_tokens",

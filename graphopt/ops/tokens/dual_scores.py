@@ -2,19 +2,32 @@
 
 MustDrop (Liu et al. 2024), the dual-attention filter of the prefill: a vision token
 goes only if both the sum and the maximum of what the text behind the images pays it
-are under their thresholds.
+are under their thresholds. Where ranks share heads out, ``text_attention`` gives the
+mean over a rank's, of which ``dual_from`` makes scores once ranks have made it one.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from graphopt import _compat
 
 _library = torch.library.Library("graphopt", "FRAGMENT")
 _library.define(
     "dual_scores(Tensor query, Tensor key, Tensor vision, Tensor? key_mask, "
     "float scale, float global_threshold, float individual_threshold, "
     "float softcap=0.0, int window=0) -> Tensor"
+)
+_library.define(
+    "text_attention(Tensor query, Tensor key, Tensor vision, Tensor? key_mask, "
+    "float scale, float softcap=0.0, int window=0) -> Tensor"
+)
+_library.define(
+    "dual_from(Tensor attention, Tensor vision, float global_threshold, "
+    "float individual_threshold) -> Tensor"
 )
 _CELLS = 1 << 24  # of attention held at a time
 
@@ -53,23 +66,59 @@ def dual_scores(
         paid = paid.masked_fill(~seen[:, part, None], 0)
         total = total + paid.sum(1)
         most = torch.maximum(most, paid.amax(1))
+    return _scores(total, most, vision, (global_threshold, individual_threshold))
+
+
+def text_attention(
+    query: Tensor,
+    key: Tensor,
+    vision: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> Tensor:
+    """Return what text behind the images pays to each token, [B, R, S].
+
+    The mean over the heads that ``query`` has; arguments as for `dual_scores`. R is the
+    number of such rows, 2 at least; those that a batch row lacks are zero.
+    """
+    rows, seen = _text_rows(vision, key_mask, least=2)
+    paid = _attention(query, key, rows, key_mask, scale, softcap, window)
+    return paid.masked_fill(~seen[..., None], 0)
+
+
+def dual_from(
+    attention: Tensor,
+    vision: Tensor,
+    global_threshold: float,
+    individual_threshold: float,
+) -> Tensor:
+    """Return the scores of `dual_scores` by the mean over all heads [B, R, S]."""
+    thresholds = (global_threshold, individual_threshold)
+    return _scores(attention.sum(1), attention.amax(1), vision, thresholds)
+
+
+def _scores(
+    total: Tensor, most: Tensor, vision: Tensor, thresholds: tuple[float, float]
+) -> Tensor:
     everything = total.masked_fill(~vision, 0).sum(1, keepdim=True)
-    both = torch.maximum(
-        total / (everything * global_threshold), most / individual_threshold
-    )
+    both = torch.maximum(total / (everything * thresholds[0]), most / thresholds[1])
     endless = float("inf")
     return both.masked_fill(everything == 0, endless).nan_to_num(endless, endless)
 
 
-def _text_rows(vision: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the places of the rows, int64 [B, R], and which of them are real."""
+def _text_rows(
+    vision: Tensor, key_mask: Tensor | None, least: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return the places of ``least`` rows or more, [B, R], and which are real."""
     place = torch.arange(vision.shape[1], device=vision.device)
     last = torch.where(vision, place, -1).amax(1, keepdim=True)
     text = (place > last) & (last >= 0)
     if key_mask is not None:
         text = text & key_mask
     count = text.sum(1)
-    most = int(count.max()) if count.numel() else 0
+    most = max(least, int(count.max()) if count.numel() else 0)
     rows = torch.sort(text.to(torch.int8), dim=1, descending=True, stable=True).indices
     seen = torch.arange(most, device=vision.device) < count[:, None]
     return rows[:, :most], seen
@@ -104,7 +153,25 @@ def _attention(
 
 
 # The number of rows depends on data, so this runs as one operator and is not traced.
-torch.library.impl(_library, "dual_scores", "CompositeExplicitAutograd")(dual_scores)
+for _operator in (dual_scores, text_attention, dual_from):
+    torch.library.impl(_library, _operator.__name__, "CompositeExplicitAutograd")(
+        _operator
+    )
+
+
+@torch.library.register_fake("graphopt::text_attention", lib=_library)
+def _text_attention(
+    query: Tensor, key: Tensor, vision: Tensor, key_mask: Tensor | None, *rest: Any
+) -> Tensor:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    batch, tokens = vision.shape
+    rows = _compat.new_size(query, tokens)
+    return query.new_empty((batch, rows, tokens), dtype=wide)
+
+
+@torch.library.register_fake("graphopt::dual_from", lib=_library)
+def _dual_from(attention: Tensor, vision: Tensor, *thresholds: float) -> Tensor:
+    return attention.new_empty(vision.shape)
 
 
 @torch.library.register_fake("graphopt::dual_scores", lib=_library)
