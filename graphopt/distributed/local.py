@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt._compat import local_part
 from graphopt.ir.collectives import make_functional
 from graphopt.ir.constants import fold_float_attributes
 from graphopt.ir.copying import copy_graph
@@ -41,7 +42,7 @@ class LocalGraph:
             return given
         parts = list(given)
         for index in self.sharded:
-            parts[index] = parts[index]._local_tensor
+            parts[index] = local_part(parts[index])
         return parts
 
 
@@ -61,7 +62,7 @@ def localise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> LocalGraph:
     if reason := _lower(gm):
         return LocalGraph(inputs, remark=missed("graph", "sharded", reason))
     for index in sharded:
-        inputs[index] = getattr(inputs[index], "_local_tensor", inputs[index])
+        inputs[index] = local_part(inputs[index])
     text = f"{len(sharded)} parameters are this rank's part of sharded ones"
     return LocalGraph(inputs, sharded, analysis("graph", "local", text))
 
