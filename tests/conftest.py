@@ -16,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Operators whose results have other strides than they promise are found here.
 os.environ.setdefault("TORCHINDUCTOR_SIZE_ASSERTS", "1")
+# Else each empty cache builds and loads six programs to see what the compiler knows.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # In models of two layers hardly a call comes again, and remembering calls takes a fifth
 # of the time of tracing.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
