@@ -82,6 +82,7 @@ class RequestPipeline:
         if len({request for request, _ in calls}) < len(calls):
             raise ModelError("pipelining: a request is in two micro-batches of a step")
         made = [self._call(request, tokens) for request, tokens in calls]
+        new = [request for request, _ in calls if self._is_empty(request)]
         buckets = [self._pipeline.measure(call) for call in made]
         if len(set(buckets)) > 1:
             lengths = sorted({len(tokens) for _, tokens in calls})
@@ -90,11 +91,18 @@ class RequestPipeline:
                 "exchange tensors of different sizes; run those of one length together"
             )
         logits = self._pipeline.step(buckets[0], made)
-        self._give_up_pages(request for request, _ in calls)
+        self._give_up_pages(new)
         return list(logits[:, -1])
 
+    def _is_empty(self, request: Hashable) -> bool:
+        found = self._caches[request].values()
+        return not any(cache.get_seq_length() for cache in found)
+
     def _give_up_pages(self, requests: Iterable[Hashable]) -> None:
-        """Give up the pages of layers that are another stage's; growing copies them."""
+        """Give up the pages that a first call made for layers of other stages.
+
+        Not where caches grow, which copies them.
+        """
         for request in requests if self._max_tokens is not None else ():
             for stage, cache in self._caches[request].items():
                 keep_layers(cache, self._kept[stage])
